@@ -1,0 +1,127 @@
+"""What the rooms offer one another, so that no room needs to import its sibling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmcli.core.records import DecodeOptions, Modality, Payload, Record, Result, Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+
+class Source(Protocol):
+    """Where Records come from. Rows are numbered from 0 in a fixed order.
+
+    slots  names of the media of each record: ("",) for one medium, else e.g. ("image", "text")
+    keep   schema of the passthrough columns
+    """
+
+    slots: tuple[str, ...]
+    keep: pa.Schema
+
+    def snapshot(self, folder: Path) -> Snapshot:
+        """List the inputs (ids, paths, sizes, times) into `folder`; call before `records`.
+
+        Raises ConfigError when an input cannot be listed at all.
+        """
+        ...
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Records from row `start` on, in order, read lazily."""
+        ...
+
+
+class Snapshot(Protocol):
+    """The resolved inputs of a run.
+
+    rows        how many records there will be; None for a live stream
+    digest      hex digest over everything listed: equal digests mean equal inputs
+    modalities  how many records look like each modality by name; None counts those that cannot be told
+    notes       lines worth telling the user (skipped files, ...)
+    """
+
+    rows: int | None
+    digest: str
+    modalities: dict[Modality | None, int]
+    notes: list[str]
+
+
+class Processor(Protocol):
+    """The processor of a checkpoint, opened in a decode worker."""
+
+    def __call__(self, modality: Modality, payload: Payload) -> Sample:
+        """Decoded medium -> model inputs. Raises RowError for an input that the model cannot take."""
+        ...
+
+
+class ModelPlan(Protocol):
+    """A cheap, picklable description of a model: knows its output before any weight is loaded.
+
+    modalities      what it takes
+    embedding_size  D of its vectors
+    decode          what its processor needs from the decoder
+    """
+
+    modalities: frozenset[Modality]
+    embedding_size: int
+    decode: DecodeOptions
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model in the fingerprint and the output's metadata."""
+        ...
+
+    def open_processor(self) -> Processor:
+        """Called once in every decode worker."""
+        ...
+
+    def load(self) -> Runner:
+        """Load the weights on the device. Raises ModelError."""
+        ...
+
+
+class Runner(Protocol):
+    """A loaded model on a device."""
+
+    def collate(self, samples: Sequence[Sample]) -> Any:
+        """Samples of one (modality, group) -> a Batch on the host: padded, stacked, pinned where it helps."""
+        ...
+
+    def forward(self, batch: Any) -> np.ndarray:
+        """Batch -> float32 [n, D], one row per sample, in order.
+
+        Raises torch.OutOfMemoryError or MemoryError, which the engine answers by halving the batch.
+        """
+        ...
+
+
+class Task(Protocol):
+    """What the user asks for: which columns a Result has."""
+
+    name: str
+
+    def fields(self, slots: Sequence[str]) -> list[pa.Field]:
+        """The task's own columns, known before the first row is read."""
+        ...
+
+    def result(self, record: Record, samples: Sequence[Modality], outputs: Sequence[Any]) -> Result:
+        """One record's model outputs (one per slot) -> its Result; a bad output becomes an error."""
+        ...
+
+    def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
+        """Values of many results as Arrow columns; null for errors."""
+        ...
+
+
+class Format(Protocol):
+    """How a finished output is laid out. The staged parts are always Parquet."""
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def write(self, parts: Sequence[Path], schema: pa.Schema, target: Path) -> int:
+        """Stream the parts, in order, into the new file or folder `target`; returns the rows written."""
+        ...

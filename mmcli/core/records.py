@@ -1,0 +1,148 @@
+"""Record, Sample and Result: what one row is on its way through the pipeline.
+
+    Source -> Record -> (decode) -> Sample -> (batch) -> Runner -> Result -> Sink
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmcli.core.errors import RowError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Modality = Literal["text", "image", "audio", "video"]
+MODALITIES: tuple[Modality, ...] = ("text", "image", "audio", "video")
+
+
+@dataclass(slots=True)
+class Media:
+    """Where one medium of a record is: exactly one of `file`, `data` and `text` is set.
+
+    modality  what the manifest says it is; None means: decided by content
+    file      path to open (str; non-UTF-8 names carry surrogate escapes, as from `os.fsdecode`)
+    data      the encoded bytes, inline
+    text      the text itself, inline
+    size      bytes on disk when the inputs were listed; None when not known
+    mtime_ns  modification time then; a file that differs when it is opened is `input_changed`
+    """
+
+    modality: Modality | None = None
+    file: str | None = None
+    data: bytes | None = None
+    text: str | None = None
+    size: int | None = None
+    mtime_ns: int | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """One input, not opened.
+
+    row    ordinal in the run, from 0: the output row it becomes
+    id     from the input (relative path, id column or `manifest#row`)
+    path   shown in the output (escaped when it is not UTF-8), or None
+    media  one per slot of its source: one for `embedding`, several for `image_embedding`, `text_embedding`
+    keep   values of the passthrough columns, in the order of the source's `keep` schema
+    error  set when the source could not read the row; then `media` is empty
+    """
+
+    row: int
+    id: str
+    path: str | None
+    media: tuple[Media, ...]
+    keep: tuple[Any, ...] = ()
+    error: RowError | None = None
+
+
+@dataclass(slots=True)
+class Audio:
+    """Decoded sound. `waveform`: float32 [T], mono, in [-1, 1]; `sampling_rate`: Hz."""
+
+    waveform: np.ndarray
+    sampling_rate: int
+
+
+@dataclass(slots=True)
+class Video:
+    """Decoded clip. `frames`: uint8 [F, H, W, 3] RGB; `timestamps`: float64 [F], seconds; `duration`: seconds."""
+
+    frames: np.ndarray
+    timestamps: np.ndarray
+    duration: float
+
+
+# What a decoder gives: text is a str, an image is uint8 [H, W, 3] RGB.
+Payload = Any
+
+
+@dataclass(slots=True)
+class Sample:
+    """A decoded and processed medium: its existence proves that decoding worked.
+
+    arrays  model inputs by name, without a batch axis (e.g. `pixel_values`: uint8 [3, H, W])
+    length  sort key for length bucketing (tokens, audio samples); 0 where shapes are fixed
+    group   only samples with equal (modality, group) may share a batch (e.g. the exact length of a
+            wav2vec2 input, or a picture's shape)
+    cost    size relative to a plain input; a batch of size B takes B // cost samples (a clip of 8 frames: 8)
+    """
+
+    modality: Modality
+    arrays: dict[str, np.ndarray]
+    length: int = 0
+    group: Hashable = ()
+    cost: int = 1
+
+
+@dataclass(slots=True)
+class Result:
+    """One output row: `values` (one entry per task column) or `error`, never both."""
+
+    record: Record
+    modality: Modality | None
+    values: tuple[Any, ...] | None = None
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """What the decoder has to produce for a model; picklable, sent once to every worker.
+
+    modalities      what the model takes; another modality is `unsupported_format`
+    min_image_size  the shortest side in pixels that the processor needs of a picture, or None; a JPEG whose
+                    sides are larger than twice that may be decoded at reduced scale, never below twice
+    exact_decode    decode every picture at full size
+    sampling_rate   Hz that the processor expects, or None for the file's own
+    num_frames      frames sampled uniformly by time from a clip
+    max_pixels      more is `bomb`; Pillow's own error threshold by default
+    max_bytes       larger files are `too_large`
+    max_seconds     longer sound is `too_large` (decoded float32 mono at 16 kHz: 230 MB an hour)
+    """
+
+    modalities: frozenset[Modality] = frozenset(MODALITIES)
+    min_image_size: int | None = None
+    exact_decode: bool = False
+    sampling_rate: int | None = None
+    num_frames: int = 8
+    max_pixels: int = 178_956_970
+    max_bytes: int = 4 * 1024**3
+    max_seconds: float = 4 * 3600.0
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything that can change an output byte, as readable JSON values.
+
+    task     name of the task, e.g. "embed"
+    model    id, revision or weight hash, processor hash, family, dtype
+    options  the task's own options (normalize, pooling, frames, ...)
+    inputs   digest and description of the input snapshot
+    """
+
+    task: str
+    model: dict[str, Any]
+    options: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Who runs the work: the loop from Source to Sink."""

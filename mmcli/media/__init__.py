@@ -1,0 +1,1 @@
+"""Bytes -> decoded image, audio, video or text, and the worker pool that isolates it."""

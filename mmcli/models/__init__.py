@@ -1,0 +1,1 @@
+"""Model directory or hub id -> plan -> processor and runner; one file per family."""

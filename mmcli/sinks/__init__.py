@@ -1,0 +1,1 @@
+"""Where Results go: the commit protocol, and one file per output format."""

@@ -1,0 +1,1 @@
+"""Where Records come from: folders, path lists and manifests."""

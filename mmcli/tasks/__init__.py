@@ -1,0 +1,1 @@
+"""What the user asks for: the columns of a Result and how model outputs become them."""
