@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mmcli.core.records import DecodeOptions, Modality, Payload, Record, Result, Sample
+from mmcli.core.records import Decoded, DecodeOptions, Modality, Payload, Record, Result, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,20 @@ class Processor(Protocol):
 
     def __call__(self, modality: Modality, payload: Payload) -> Sample:
         """Decoded medium -> model inputs. Raises RowError for an input that the model cannot take."""
+        ...
+
+
+class Decoder(Protocol):
+    """Decodes records and runs the processor on them, in whatever processes."""
+
+    num_workers: int
+
+    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+        """Decode `blocks`, yielding answers as they come, in any order; reads none while `may_read` is false."""
+        ...
+
+    def close(self) -> None:
+        """Give back the processes."""
         ...
 
 
@@ -113,6 +127,31 @@ class Task(Protocol):
 
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
         """Values of many results as Arrow columns; null for errors."""
+        ...
+
+    def restore(self, table: pa.Table, fields: Sequence[pa.Field]) -> list[tuple[Any, ...]]:
+        """The values of finished rows, read back from an earlier output."""
+        ...
+
+
+class Output(Protocol):
+    """Where the engine's finished rows go.
+
+    immediate  rows are wanted as soon as they are ready (a stream), not in large parts
+    """
+
+    immediate: bool
+
+    def commit(self, table: pa.Table, start_row: int, signatures: Sequence[bytes | None]) -> None:
+        """Make consecutive rows durable, all or none. Raises OutputError, or Stopped for a closed pipe."""
+        ...
+
+
+class Previous(Protocol):
+    """Finished rows of an earlier output (--update, --retry-errors)."""
+
+    def take(self, signatures: Sequence[bytes | None]) -> tuple[list[int], pa.Table | None]:
+        """Which of `signatures` have a finished row (positions), and those rows in that order."""
         ...
 
 

@@ -1,12 +1,12 @@
 """Record, Sample and Result: what one row is on its way through the pipeline.
 
-    Source -> Record -> (decode) -> Sample -> (batch) -> Runner -> Result -> Sink
+Source -> Record -> (decode) -> Sample -> (batch) -> Runner -> Result -> Sink
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmcli.core.errors import RowError
@@ -48,6 +48,7 @@ class Record:
     media  one per slot of its source: one for `embedding`, several for `image_embedding`, `text_embedding`
     keep   values of the passthrough columns, in the order of the source's `keep` schema
     error  set when the source could not read the row; then `media` is empty
+    signature  digest of all of the input that determines the row (mmcli.core.signature); set by the engine
     """
 
     row: int
@@ -56,6 +57,7 @@ class Record:
     media: tuple[Media, ...]
     keep: tuple[Any, ...] = ()
     error: RowError | None = None
+    signature: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -98,11 +100,24 @@ class Sample:
 
 
 @dataclass(slots=True)
+class Decoded:
+    """What decode workers give: for each record one outcome per medium, and the seconds that it took."""
+
+    records: Sequence[Record]
+    outcomes: Sequence[tuple[Sample | RowError, ...]]
+    decode_s: float = 0.0
+    process_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Result:
-    """One output row: `values` (one entry per task column) or `error`, never both."""
+    """One output row: `values` (one entry per task column) or `error`, never both.
+
+    modality  what the medium turned out to be; "image+text" when a record has several
+    """
 
     record: Record
-    modality: Modality | None
+    modality: str | None
     values: tuple[Any, ...] | None = None
     error: RowError | None = None
 
@@ -130,19 +145,3 @@ class DecodeOptions:
     max_pixels: int = 178_956_970
     max_bytes: int = 4 * 1024**3
     max_seconds: float = 4 * 3600.0
-
-
-@dataclass(slots=True)
-class Job:
-    """Everything that can change an output byte, as readable JSON values.
-
-    task     name of the task, e.g. "embed"
-    model    id, revision or weight hash, processor hash, family, dtype
-    options  the task's own options (normalize, pooling, frames, ...)
-    inputs   digest and description of the input snapshot
-    """
-
-    task: str
-    model: dict[str, Any]
-    options: dict[str, Any]
-    inputs: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,271 @@
+"""The supervisor of the decode workers: keeps them busy, and replaces those that crash or hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from mmcli.core.errors import MmcliError, ModelError, RowError
+from mmcli.core.protocols import ModelPlan
+from mmcli.core.records import Decoded, DecodeOptions, Record
+from mmcli.media import transport
+from mmcli.media.worker import Answer, BlockDecoder, Cell
+
+# One block in work and one waiting: a worker never idles while its answer is on the way.
+BLOCKS_PER_WORKER = 2
+# How often hung workers are looked for, in seconds.
+POLL_S = 0.2
+# Workers that die one after the other without a single answer: the machine, not an input, is at fault.
+MAX_BARREN_DEATHS = 20
+
+
+@dataclass(slots=True)
+class _Block:
+    number: int
+    records: list[Record]
+    crashed_before: bool = False
+
+
+@dataclass(slots=True)
+class _Worker:
+    pid: int
+    sock: socket.socket
+    cell: Cell
+    blocks: deque[_Block] = field(default_factory=deque)
+    hung: bool = False
+
+
+class InlineDecoder:
+    """`--num-workers 0`: decode in this process. No protection from decoders that crash or hang."""
+
+    num_workers = 0
+
+    def __init__(self, plan: ModelPlan, options: DecodeOptions) -> None:
+        self._plan, self._options = plan, options
+
+    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+        """Decode `blocks` in order; waits while `may_read` is false."""
+        decoder = BlockDecoder(self._plan.open_processor(), self._options)
+        while True:
+            while not may_read():
+                time.sleep(0.001)
+            records = next(blocks, None)
+            if records is None:
+                return
+            answer = decoder.block(0, [r.media for r in records])
+            yield Decoded(records, answer.outcomes, answer.decode_s, answer.process_s)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class DecodePool:
+    """Decode in `num_workers` processes that may crash or hang, at the cost of one row each time.
+
+    A record in whose decoding a worker dies is tried once more, alone, in a fresh worker; when that dies
+    too, the record is a `worker_crash`. A record that takes longer than `timeout_s` is a `timeout`.
+    """
+
+    def __init__(self, plan: ModelPlan, options: DecodeOptions, num_workers: int, timeout_s: float) -> None:
+        self._plan, self._options = plan, options
+        self.num_workers, self._timeout_s = num_workers, timeout_s
+        self._workers: list[_Worker] = []
+        self._again: deque[_Block] = deque()
+        self._ready: deque[Decoded] = deque()
+        self._barren_deaths = 0
+        self._numbers = 0
+        self._selector = selectors.DefaultSelector()
+        self._nursery, self._control = _start_nursery()
+        transport.send(self._control, (plan, options))
+        self._opened = False
+
+    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+        """Decode `blocks`, yielding answers as they come (not in order); reads no more while `may_read` is false.
+
+        Raises ModelError when the processor cannot be opened, MmcliError when workers die without end.
+        """
+        self._open()
+        exhausted = False
+        while True:
+            exhausted = self._dispatch(blocks, may_read, exhausted)
+            while self._ready:
+                yield self._ready.popleft()
+            busy = any(w.blocks for w in self._workers)
+            if exhausted and not busy and not self._again:
+                return
+            # With nothing in work only the consumer can open the gate: look again soon.
+            self._wait(POLL_S if busy else 0.001)
+
+    def close(self) -> None:
+        """Kill all workers and the nursery."""
+        for worker in self._workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            self._release(worker)
+        self._workers.clear()
+        self._control.close()
+        self._nursery.kill()
+        self._nursery.wait()
+        self._selector.close()
+
+    def _open(self) -> None:
+        if self._opened:
+            return
+        try:
+            failure = transport.receive(self._control)
+        except (EOFError, OSError):
+            failure = "the decode process ended while it started"
+        if failure is not None:
+            raise ModelError(f"cannot open the model's processor: {failure}")
+        self._opened = True
+        for _ in range(self.num_workers):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        cell, descriptor = Cell.create()
+        try:
+            transport.send(self._control, "fork")
+            transport.send_descriptors(self._control, [theirs.fileno(), descriptor])
+            pid = transport.receive(self._control)
+        except (EOFError, OSError) as error:
+            raise MmcliError("the decode nursery process was killed; is the machine out of memory?") from error
+        finally:
+            theirs.close()
+            os.close(descriptor)
+        worker = _Worker(pid, ours, cell)
+        self._workers.append(worker)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+
+    def _dispatch(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool], exhausted: bool) -> bool:
+        """Give every worker that has room a block; returns whether the source is exhausted."""
+        while worker := self._worker_with_room():
+            if self._again:
+                block = self._again.popleft()
+            elif exhausted or not may_read():
+                break
+            else:
+                records = next(blocks, None)
+                if records is None:
+                    return True
+                self._numbers += 1
+                block = _Block(self._numbers, records)
+            self._give(worker, block)
+        return exhausted
+
+    def _worker_with_room(self) -> _Worker | None:
+        worker = min(self._workers, key=lambda w: len(w.blocks))
+        return worker if len(worker.blocks) < BLOCKS_PER_WORKER else None
+
+    def _give(self, worker: _Worker, block: _Block) -> None:
+        worker.blocks.append(block)
+        try:
+            transport.send(worker.sock, (block.number, [r.media for r in block.records]))
+        except OSError:
+            self._bury(worker)
+
+    def _wait(self, timeout: float) -> None:
+        for key, _ in self._selector.select(timeout):
+            worker: _Worker = key.data
+            try:
+                self._accept(worker, transport.receive(worker.sock))
+            except (EOFError, OSError):
+                self._bury(worker)
+        now = time.monotonic()
+        for worker in self._workers:
+            index, started = worker.cell.read()
+            if index >= 0 and worker.blocks and now - started > self._timeout_s and not worker.hung:
+                worker.hung = True
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def _accept(self, worker: _Worker, answer: Answer) -> None:
+        block = worker.blocks.popleft()
+        if answer.block != block.number or len(answer.outcomes) != len(block.records):
+            raise MmcliError(f"decode worker answered block {answer.block} instead of {block.number}")
+        self._barren_deaths = 0
+        self._ready.append(Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s))
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker died: blame the record that it was busy with, give the rest of its blocks to a new one."""
+        if worker not in self._workers:
+            return
+        self._workers.remove(worker)
+        index, _ = worker.cell.read()
+        status = self._exit_status(worker.pid)
+        self._release(worker)
+        self._barren_deaths += 1
+        if self._barren_deaths > MAX_BARREN_DEATHS:
+            raise MmcliError(f"{MAX_BARREN_DEATHS} decode workers died in a row ({_cause(status)}); giving up")
+        blocks = list(worker.blocks)
+        if blocks and index >= 0:
+            self._blame(blocks.pop(0), index, worker.hung, status)
+        self._again.extend(blocks)
+        self._spawn()
+
+    def _blame(self, block: _Block, index: int, hung: bool, status: int) -> None:
+        culprit, rest = block.records[index], block.records[:index] + block.records[index + 1 :]
+        if hung or block.crashed_before:
+            self._barren_deaths = 0
+            error = (
+                RowError("timeout", f"decoding took longer than {self._timeout_s:g} s")
+                if hung
+                else RowError("worker_crash", f"the decoder process died: {_cause(status)}")
+            )
+            self._ready.append(Decoded([culprit], [tuple(error for _ in culprit.media)]))
+        else:
+            self._requeue([culprit], crashed_before=True)
+        if rest:
+            self._requeue(rest, crashed_before=False)
+
+    def _requeue(self, records: list[Record], crashed_before: bool) -> None:
+        self._numbers += 1
+        self._again.append(_Block(self._numbers, records, crashed_before))
+
+    def _exit_status(self, pid: int) -> int:
+        try:
+            transport.send(self._control, pid)
+            return int(transport.receive(self._control))
+        except (EOFError, OSError) as error:
+            raise MmcliError("the decode nursery process was killed; is the machine out of memory?") from error
+
+    def _release(self, worker: _Worker) -> None:
+        self._selector.unregister(worker.sock)
+        worker.sock.close()
+        worker.cell.close()
+
+
+def _start_nursery() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    # A session of its own: Ctrl-C at the terminal reaches only the main process, which decides what to do.
+    # stdout is ours alone (data); a library that prints does so on stderr.
+    # It imports from where we do: `-P` keeps modules that lie in the current folder out of it.
+    start = (
+        "import sys, json, socket; sys.path[:] = json.loads(sys.argv[2]); "
+        "from mmcli.media.worker import main; main(socket.socket(fileno=int(sys.argv[1])))"
+    )
+    nursery = subprocess.Popen(
+        [sys.executable, "-P", "-c", start, str(theirs.fileno()), json.dumps(sys.path)],
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    theirs.close()
+    return nursery, ours
+
+
+def _cause(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        extra = " (out of memory?)" if number == signal.SIGKILL else ""
+        return f"{signal.Signals(number).name}{extra}"
+    return f"exit code {os.waitstatus_to_exitcode(status)}"

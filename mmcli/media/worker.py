@@ -1,0 +1,177 @@
+"""The decode worker processes: a nursery that opens the processor once, and the workers it forks.
+
+    supervisor --control socket--> nursery --fork--> worker 1, worker 2, ...
+                                                 ^ each with its own socket to the supervisor
+
+The nursery imports what decoding needs and opens the model's processor, then only forks: a fresh worker is
+ready in milliseconds and shares that memory. Nothing computes in the nursery, so no thread exists at a fork.
+A worker tells what it is doing through a Cell in shared memory, which survives its crash.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmcli.core.errors import RowError
+from mmcli.core.protocols import ModelPlan, Processor
+from mmcli.core.records import DecodeOptions, Media, Sample
+from mmcli.media import transport
+
+Outcome = Sample | RowError
+
+
+class Cell:
+    """What a worker is busy with: 16 bytes of shared memory, written by the worker, read by the supervisor."""
+
+    SIZE = 16
+    _LAYOUT = struct.Struct("<qd")
+
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, self.SIZE)
+
+    @classmethod
+    def create(cls) -> tuple[Cell, int]:
+        """A new idle cell and the descriptor that another process opens it by."""
+        descriptor = transport.anonymous_file()
+        os.ftruncate(descriptor, cls.SIZE)
+        cell = cls(descriptor)
+        cell.idle()
+        return cell, descriptor
+
+    def begin(self, index: int) -> None:
+        """The worker starts with the `index`-th record of its block."""
+        self._LAYOUT.pack_into(self._memory, 0, index, time.monotonic())
+
+    def idle(self) -> None:
+        self._LAYOUT.pack_into(self._memory, 0, -1, 0.0)
+
+    def read(self) -> tuple[int, float]:
+        """(index or -1 when idle, monotonic seconds at which that record was begun)"""
+        index, started = self._LAYOUT.unpack_from(self._memory, 0)
+        return index, started
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+@dataclass(slots=True)
+class Answer:
+    """A worker's answer to one block: an outcome per record and slot, and the seconds that it took."""
+
+    block: int
+    outcomes: list[tuple[Outcome, ...]]
+    decode_s: float
+    process_s: float
+
+
+class BlockDecoder:
+    """Decode and process, one record at a time. Any exception becomes a RowError of that record."""
+
+    def __init__(self, processor: Processor, options: DecodeOptions) -> None:
+        from mmcli.media.decode import decode
+
+        self._decode: Callable[[Media, DecodeOptions], tuple[Any, Any]] = decode
+        self._processor = processor
+        self._options = options
+        self.decode_s = self.process_s = 0.0
+
+    def block(self, number: int, records: Sequence[tuple[Media, ...]], cell: Cell | None = None) -> Answer:
+        """Outcomes of all `records` of a block."""
+        self.decode_s = self.process_s = 0.0
+        outcomes = []
+        for index, media in enumerate(records):
+            if cell is not None:
+                cell.begin(index)
+            outcomes.append(tuple([self._one(m) for m in media]))
+        if cell is not None:
+            cell.idle()
+        return Answer(number, outcomes, self.decode_s, self.process_s)
+
+    def _one(self, media: Media) -> Outcome:
+        start, decoded = time.perf_counter(), 0.0
+        try:
+            modality, payload = self._decode(media, self._options)
+            decoded = time.perf_counter()
+            return self._processor(modality, payload)
+        except RowError as error:
+            return error
+        except MemoryError:
+            return RowError("oom", "not enough memory to decode this input")
+        except Exception as error:  # noqa: BLE001 - a library that fails on one input must cost one row
+            return RowError("corrupt", f"{type(error).__name__}: {error}")
+        finally:
+            end = time.perf_counter()
+            self.decode_s += (decoded or end) - start
+            self.process_s += end - (decoded or end)
+
+
+def main(control: socket.socket) -> None:
+    """The nursery: receive (plan, options), answer None or an error text, then fork workers on demand."""
+    _quiet()
+    try:
+        plan, options = transport.receive(control)
+        decoder = _open(plan, options)
+    except EOFError:
+        return
+    except Exception as error:  # noqa: BLE001 - the supervisor raises it where the user sees it
+        transport.send(control, f"{type(error).__name__}: {error}")
+        return
+    transport.send(control, None)
+    while True:
+        try:
+            request = transport.receive(control)
+        except (EOFError, OSError):
+            return
+        if request == "fork":
+            worker, cell = transport.receive_descriptors(control, 2)
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                _serve(decoder, socket.socket(fileno=worker), Cell(cell))
+                os._exit(0)
+            os.close(worker)
+            os.close(cell)
+            transport.send(control, pid)
+        else:
+            transport.send(control, os.waitpid(request, 0)[1])
+
+
+def _open(plan: ModelPlan, options: DecodeOptions) -> BlockDecoder:
+    return BlockDecoder(plan.open_processor(), options)
+
+
+def _serve(decoder: BlockDecoder, sock: socket.socket, cell: Cell) -> None:
+    """A worker: answer blocks until the supervisor closes the socket."""
+    die_with_parent()
+    while True:
+        try:
+            number, records = transport.receive(sock)
+            transport.send(sock, decoder.block(number, records, cell))
+        except (EOFError, OSError):
+            return
+
+
+def _quiet() -> None:
+    """No signal of the terminal, no core file; what a library prints must not reach the data on stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Be killed when the parent dies, even while a decoder hangs (Linux; elsewhere the closed socket ends us)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
