@@ -226,7 +226,9 @@ def _draw_shape(
         return
     points = []
     for angle, length in _outline(shape):
-        points.append((x + radius * length * math.sin(angle + turn), y - radius * length * math.cos(angle + turn)))
+        points.append(
+            (x + radius * length * math.sin(angle + turn), y - radius * length * math.cos(angle + turn))
+        )
     draw.polygon(points, fill=255)
 
 
@@ -335,9 +337,7 @@ def write_pictures(folder: Path) -> None:
         pairs = questions(scene)
         first = {"image": f"images/{name}", "caption": text, "label": scene.label}
         question, answer = pairs[index % len(pairs)]
-        manifest.append(
-            {"id": f"picture-{index:02d}", **first, "question": question, "answer": answer}
-        )
+        manifest.append({"id": f"picture-{index:02d}", **first, "question": question, "answer": answer})
         for step in range(3):
             question, answer = pairs[(index + 2 * step) % len(pairs)]
             asked.append({"image": f"images/{name}", "question": question, "answer": answer})
@@ -529,7 +529,9 @@ def write_world(folder: Path) -> None:
 def main() -> None:
     """Parse the command line and write the world."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to"
+    )
     write_world(parser.parse_args().out)
 
 

@@ -359,7 +359,9 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor, seed: int) -> dict[str,
     unseen = [world.random_scene(rng, "unseen") for _ in range(600)]
     scores = {}
     for template in ("a photo of a {}", "{}"):
-        scores[f'new scenes of seen pairs, "{template}"'] = zero_shot(model, processor, held_out, template).mean()
+        scores[f'new scenes of seen pairs, "{template}"'] = zero_shot(
+            model, processor, held_out, template
+        ).mean()
         scores[f'never-seen pairs, "{template}"'] = zero_shot(model, processor, unseen, template).mean()
     singles = [scene for scene in held_out if scene.count == 1]
     for size in world.SIZES:
