@@ -1,0 +1,43 @@
+"""Several sources as one, rows numbered throughout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+from mmcli.core.protocols import Snapshot, Source
+from mmcli.core.records import Modality, Record
+from mmcli.sources.snapshot import ResolvedInputs, add_counts, combine
+
+
+class ChainedSource:
+    """One source after the other; all have the same slots and passthrough columns."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+        self.slots = sources[0].slots
+        self.keep = sources[0].keep
+        self._rows: list[int] = []
+
+    def snapshot(self, folder: Path) -> Snapshot:
+        """Each source lists into a folder of its own below `folder`."""
+        found = [s.snapshot(folder / f"input-{i:06d}") for i, s in enumerate(self.sources)]
+        # Only a lone stdin list is live.
+        self._rows = [cast(int, f.rows) for f in found]
+        counts: Counter[Modality | None] = Counter()
+        for one in found:
+            add_counts(counts, one.modalities)
+        digest = combine([f.digest for f in found])
+        notes = list(dict.fromkeys(note for f in found for note in f.notes))
+        return ResolvedInputs(sum(self._rows), digest, dict(counts), notes)
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        first = 0
+        for source, rows in zip(self.sources, self._rows, strict=True):
+            if start < first + rows:
+                for record in source.records(max(0, start - first)):
+                    record.row += first
+                    yield record
+            first += rows
