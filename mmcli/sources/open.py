@@ -335,7 +335,7 @@ def _check_together(options: SourceOptions, opened: Sequence[_Listings | Source]
         )
     if not manifests and options.column_flags:
         flags = ", ".join(options.column_flags)
-        problems.append(f"{flags}: only manifests have columns, folders and files have none")
+        problems.append(f"{flags}: only manifests have columns")
     slots = {one.slots for one in manifests} | ({("",)} if with_files else set())
     if len(slots) > 1:
         kinds = " and ".join(sorted("+".join(s) if s != ("",) else "one medium" for s in slots))
