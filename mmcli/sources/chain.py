@@ -19,21 +19,24 @@ class ChainedSource:
         self.sources = list(sources)
         self.slots = sources[0].slots
         self.keep = sources[0].keep
-        self._rows: list[int] = []
+        self._rows: list[int] | None = None
 
     def snapshot(self, folder: Path) -> Snapshot:
         """Each source lists into a folder of its own below `folder`."""
         found = [s.snapshot(folder / f"input-{i:06d}") for i, s in enumerate(self.sources)]
         # Only a lone stdin list is live.
-        self._rows = [cast(int, f.rows) for f in found]
+        self._rows = rows = [cast(int, f.rows) for f in found]
         counts: Counter[Modality | None] = Counter()
         for one in found:
             add_counts(counts, one.modalities)
         digest = combine([f.digest for f in found])
         notes = list(dict.fromkeys(note for f in found for note in f.notes))
-        return ResolvedInputs(sum(self._rows), digest, dict(counts), notes)
+        return ResolvedInputs(sum(rows), digest, dict(counts), notes)
 
     def records(self, start: int = 0) -> Iterator[Record]:
+        """Records from row `start` of all on. Raises RuntimeError when there is no snapshot."""
+        if self._rows is None:
+            raise RuntimeError("call snapshot() before records()")
         first = 0
         for source, rows in zip(self.sources, self._rows, strict=True):
             if start < first + rows:

@@ -55,7 +55,7 @@ class Skipped:
         if self.unmatched:
             lines.append(f"skipped {_files(self.unmatched)} not matched by --glob")
         if self.special:
-            lines.append(f"skipped {_files(self.special)} not regular files (pipes, sockets, devices)")
+            lines.append(f"skipped {_files(self.special)} not regular (pipes, sockets, devices)")
         if self.links:
             lines.append(f"skipped {self.links} symbolic links")
         if self.loops:
@@ -194,10 +194,18 @@ class FolderListing:
         if not self.rules.follow_symlinks and entry.is_symlink():
             self.skipped.links += 1
             return None
-        if not entry.is_dir():
+        if not _is_folder(entry):
             return name
         # Staging folders of mmcli itself are never inputs.
         return None if name.endswith(b".mmcli") else name + b"/"
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A symbolic link to itself.
+        return False
 
 
 def os_error(failure: OSError) -> tuple[ErrorCode, str]:

@@ -107,14 +107,6 @@ _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,20}\s*")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def _to_bool(value: Any) -> bool | None:
-    if value is None or value == "" or isinstance(value, bool):
-        return None if value == "" else value
-    if isinstance(value, str) and (known := _BOOLS.get(value.strip().lower())) is not None:
-        return known
-    raise ValueError
-
-
 # `--keep name:type`. Each raises ValueError, saying what is wanted, for a value that is not of the type.
 CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "string": _to_string,

@@ -65,11 +65,11 @@ def _string(value: Any) -> str | None:
 
 
 def _path(value: Any) -> str | None:
-    value = _string(value)
-    if value is not None and not value.isascii():
+    path = _string(value)
+    if path is not None and not path.isascii():
         # Bytes that are not UTF-8 are as os.fsdecode gives them; other lone surrogates are no file's name.
-        os.fsencode(value)
-    return value
+        os.fsencode(path)
+    return path
 
 
 def _id(value: Any) -> str | int | None:
