@@ -39,7 +39,15 @@ from mmcli.sinks.durable import (
 from mmcli.sinks.finalise import FINAL_FOLDER, apply_swap, discard_staging, finalise
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.lock import Lock
-from mmcli.sinks.outputs import RUN_FILE, SWAP_FILE, OutputInfo, RunSpec, encode_schema, finished_output
+from mmcli.sinks.outputs import (
+    RUN_FILE,
+    SWAP_FILE,
+    OutputInfo,
+    RunSpec,
+    encode_schema,
+    finished_output,
+    without_inputs,
+)
 from mmcli.sinks.parts import (
     Part,
     errors_by_code,
@@ -52,10 +60,9 @@ from mmcli.sinks.parts import (
     write_part,
 )
 from mmcli.sinks.place import Place
-from mmcli.sinks.previous import PreviousRows
+from mmcli.sinks.previous import PREVIOUS_FOLDER, PreviousRows
 
 Mode = Literal["new", "overwrite", "update"]
-PREVIOUS_FOLDER = "previous"
 
 
 class Staging:
@@ -224,7 +231,7 @@ class Staging:
             changed.append(f"format: was {final.format}, is {spec.format}")
         if not changed and (mode == "new" or not final.errors):
             self.complete = True
-        elif mode == "new" or _without_inputs(final.job) != spec.job.without_inputs().to_dict():
+        elif mode == "new" or without_inputs(final.job) != spec.job.without_inputs().to_dict():
             raise _mismatch(f"{self.place.out} is complete, but from another command", changed, mode)
         return final
 
@@ -244,7 +251,7 @@ class Staging:
         changed = differences(run["job"], spec.job.to_dict())
         if mode == "new" and changed:
             raise _mismatch(f"{self.folder} holds an interrupted run of another command", changed, mode)
-        if mode == "update" and _without_inputs(run["job"]) != spec.job.without_inputs().to_dict():
+        if mode == "update" and without_inputs(run["job"]) != spec.job.without_inputs().to_dict():
             raise _mismatch(f"{self.folder} holds an interrupted run of another command", changed, mode)
         fingerprint = spec.job.fingerprint()
         if any(part.fingerprint != fingerprint for part in parts) and not changed:
@@ -320,10 +327,6 @@ def _rows(folder: Path) -> int:
     except (StateMismatch, OSError):
         return 0
     return parts[-1].stop if parts else 0
-
-
-def _without_inputs(job: dict[str, Any]) -> dict[str, Any]:
-    return {**job, "inputs": {}}
 
 
 def _mismatch(what: str, changed: list[str], mode: Mode) -> StateMismatch:

@@ -129,6 +129,9 @@ def apply_swap(place: Place) -> bool:
             fsync_folder(place.root)
         for name in swap["delete"]:
             remove(place.root / name)
+            if place.folder and "/" in name:
+                with suppress(OSError):
+                    (place.root / name).parent.rmdir()
         for source, target in moves[:-1]:
             if source.exists():
                 _move(source, target, place)

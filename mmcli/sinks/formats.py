@@ -101,7 +101,7 @@ def _file_format(out: str, name: str | None) -> str:
             raise ConfigError(_unknown_suffix(out, suffix))
         return by_suffix
     if by_suffix is not None and by_suffix != name:
-        raise ConfigError(f"--format {name} contradicts the name {out}, which means {by_suffix}; change one of them")
+        raise ConfigError(f"--format {name} contradicts -o {out}, which means {by_suffix}; change one of them")
     if name not in FILE_FORMATS and os.path.isfile(out):
         raise ConfigError(f"--format {name} makes a folder, but -o {out} is a file; choose another name")
     return name
