@@ -176,7 +176,13 @@ def _guess(columns: Sequence[Column], manifest: str, problems: list[str]) -> tup
     # Typed media tell more than names: a data set of speech has `file` (string) beside `audio` (struct).
     found = [c for c in columns if c.holds in ("struct", "bytes") and _named(c) != "text"]
     featured = [c for c in found if c.feature or c.holds == "struct"]
-    found = featured or found or [c for c in columns if c.holds in ("string", "any") and _is_media_name(c)]
+    # `image` (binary) beside `thumbnail_hash` (binary) is clear.
+    named = [c for c in found if _named(c)]
+    found = (
+        featured
+        or (named if len(named) == 1 else found)
+        or [c for c in columns if c.holds in ("string", "any") and _is_media_name(c)]
+    )
     if len(found) == 1:
         modality = found[0].feature or _named(found[0])
         kind = _kind(found[0], modality)

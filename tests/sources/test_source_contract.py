@@ -76,9 +76,8 @@ def chain(root: Path) -> SourceOptions:
     return SourceOptions((*first, str(root / "m.csv"), str(root / "other")))
 
 
-MAKERS = [
-    folder, files, wildcard, list_file, parquet_paths, parquet_bytes, parquet_struct, jsonl, csv, imagefolder, chain,
-]  # fmt: skip
+MAKERS = [folder, files, wildcard, list_file, parquet_paths, parquet_bytes, parquet_struct, jsonl, csv]
+MAKERS += [imagefolder, chain]
 
 
 @pytest.fixture(params=MAKERS, ids=lambda m: m.__name__)
