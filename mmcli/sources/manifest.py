@@ -96,12 +96,12 @@ class ManifestSource:
         self._identity = self._file_identity()
         described = repr((self.manifest.name, self.selection.media, self.selection.id))
         if self.manifest.holds_paths(self.selection):
-            counts, digest = self._list_files(folder)
+            counts, digest, notes = self._list_files(folder)
             self._stats = folder
         else:
-            self._rows, digest, self._stats = self.manifest.count(), "", None
+            self._rows, digest, self._stats, notes = self.manifest.count(), "", None, []
             counts = {m.modality: self._rows for m in self.selection.media}
-        return ResolvedInputs(self._rows, combine([self._identity, described, digest]), counts)
+        return ResolvedInputs(self._rows, combine([self._identity, described, digest]), counts, notes)
 
     def _file_identity(self) -> str:
         try:
@@ -109,22 +109,27 @@ class ManifestSource:
         except OSError as failure:
             raise ConfigError(f"cannot read {self._label}: {failure.strerror}") from failure
 
-    def _list_files(self, folder: Path) -> tuple[dict[Modality | None, int], str]:
+    def _list_files(self, folder: Path) -> tuple[dict[Modality | None, int], str, list[str]]:
+        """Stat every file that is named; returns counts by modality, the digest and notes."""
         media = self.selection.media
         only_media = Selection(media)
         names = [f"{what}_{i}" for i in range(len(media)) for what in ("size", "mtime_ns")]
         schema = pa.schema([(name, pa.int64()) for name in names])
         counts: Counter[Modality | None] = Counter()
+        missing = 0
         with SnapshotWriter(folder, schema) as writer:
             for block in self.manifest.blocks(only_media):
                 per_slot = [self._stat_cells(m, cells) for m, cells in zip(media, block.media, strict=True)]
-                for stats in zip(*per_slot, strict=True):
-                    writer.add(tuple(chain.from_iterable(stats)))
-                for column, cells in zip(media, block.media, strict=True):
+                for row in zip(*per_slot, strict=True):
+                    writer.add(tuple(chain.from_iterable(row)))
+                for column, cells, stats in zip(media, block.media, per_slot, strict=True):
                     add_counts(counts, _modalities(column, cells))
+                    missing += _missing(column, cells, stats)
             digest = writer.close()
         self._rows = writer.rows
-        return dict(counts), digest
+        where = shown(self._prefix) or "the current folder"
+        notes = [f"{self._label}: {missing} files that it names are not found; its paths are relative to {where}"]
+        return dict(counts), digest, notes if missing else []
 
     def _stat_cells(self, column: MediaColumn, cells: Sequence[Any]) -> list[tuple[int | None, int | None]]:
         paths = _cell_paths(column, cells)
@@ -186,7 +191,7 @@ class ManifestSource:
                 errors.setdefault(i, bad_row(f"column {self.selection.id!r} (the id) is empty"))
                 ids.append(f"{label}#{first + i}")
             else:
-                ids.append(shown(value) if isinstance(value, str) else str(value))
+                ids.append(shown(value) if isinstance(value, (str, bytes)) else str(value))
         return ids
 
     def _media(
@@ -273,6 +278,11 @@ def _cell_paths(column: MediaColumn, cells: Sequence[Any]) -> Sequence[str | Non
     if column.kind == "struct":
         return [c[1] if c is not None and not c[0] else None for c in cells]
     return [None] * len(cells)
+
+
+def _missing(column: MediaColumn, cells: Sequence[Any], stats: Sequence[tuple[int | None, int | None]]) -> int:
+    paths = _cell_paths(column, cells)
+    return sum(1 for p, (size, _) in zip(paths, stats, strict=True) if size is None and p and not is_url(p))
 
 
 def _modalities(column: MediaColumn, cells: Sequence[Any]) -> Counter[Modality | None]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mmcli.core.errors import ConfigError, RowError, one_line
 from mmcli.core.records import Modality
-from mmcli.sources.columns import Column, Holds, MediaColumn, Selection
+from mmcli.sources.columns import Column, Holds, KeepColumn, MediaColumn, Selection
 from mmcli.sources.manifest import Block, bad_row
 from mmcli.sources.names import shown
 
@@ -179,8 +179,8 @@ def _block(batch: pa.RecordBatch, selection: Selection) -> Block:
     return Block(
         rows=len(batch),
         media=[_cells(batch.column(m.name), m, errors) for m in selection.media],
-        ids=_strings(batch.column(selection.id), selection.id, errors) if selection.id else None,
-        keep=[_keep_values(batch.column(k.name), k.type) for k in selection.keep],
+        ids=_values(batch.column(selection.id), selection.id, errors) if selection.id else None,
+        keep=[_keep_values(batch.column(k.name), k, errors) for k in selection.keep],
         errors=errors,
     )
 
@@ -195,11 +195,11 @@ def _error_block(rows: int, selection: Selection, error: RowError) -> Block:
 def _cells(array: pa.Array, column: MediaColumn, errors: dict[int, RowError]) -> Sequence[Any]:
     array = _decoded(array)
     if column.kind != "struct":
-        return _strings(array, column.name, errors)
+        return _values(array, column.name, errors)
     # Unlike field(), flatten() makes the children of a null struct null.
     children = dict(zip([f.name for f in array.type], array.flatten(), strict=True))
     data = children["bytes"].to_pylist()
-    paths = _strings(children["path"], column.name, errors) if "path" in children else [None] * len(data)
+    paths = _values(children["path"], column.name, errors) if "path" in children else [None] * len(data)
     return list(zip(data, paths, strict=True))
 
 
@@ -207,31 +207,32 @@ def _decoded(array: pa.Array) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
-def _strings(array: pa.Array, column: str, errors: dict[int, RowError]) -> list[Any]:
-    """Cells as Python values; a string that is not UTF-8 is an error of its row alone."""
+def _values(array: pa.Array, column: str, errors: dict[int, RowError]) -> list[Any]:
+    """Cells as Python objects; a string that is not UTF-8 is an error of its row alone."""
     array = _decoded(array)
     try:
         return array.to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError:
-        cells: list[Any] = []
-        for i, raw in enumerate(array.cast(pa.large_binary()).to_pylist()):
-            try:
-                cells.append(None if raw is None else raw.decode())
-            except UnicodeDecodeError:
-                errors[i] = bad_row(f"column {column!r} is not UTF-8")
-                cells.append(None)
-        return cells
+        return [_value(array, i, column, errors) for i in range(len(array))]
 
 
-def _keep_values(array: pa.Array, kind: pa.DataType) -> list[Any]:
-    """Passthrough values from which `pa.array(values, kind)` makes the same array again.
+def _value(array: pa.Array, row: int, column: str, errors: dict[int, RowError]) -> Any:
+    try:
+        return array[row].as_py()
+    except UnicodeDecodeError:
+        errors[row] = bad_row(f"column {column!r} is not UTF-8")
+        return None
+
+
+def _keep_values(array: pa.Array, column: KeepColumn, errors: dict[int, RowError]) -> list[Any]:
+    """Passthrough values from which `pa.array(values, column.type)` makes the same array again.
 
     Times and dates are their integers: datetime knows neither nanoseconds nor every year, and is slow.
     """
-    if not array.type.equals(kind):
-        array = array.cast(kind)
-    plain = _plain(kind)
-    return (array if plain.equals(kind) else array.cast(plain)).to_pylist()  # type: ignore[no-any-return]
+    kind, plain = column.type, _plain(column.type)
+    for wanted in (kind, plain):
+        array = array if array.type.equals(wanted) else array.cast(wanted)
+    return _values(array, column.name, errors)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

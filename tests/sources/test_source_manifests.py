@@ -52,11 +52,15 @@ def test_paths_are_relative_to_the_manifest(kind: pa.DataType, tmp_path: Path) -
     write_files(tmp_path, "m/a.jpg", "b.jpg")
     cells = ["a.jpg", "../b.jpg", f"{tmp_path}/b.jpg", None, "", "gone.jpg", "https://x/y.jpg", "../m", "a\0b"]
     write_parquet(tmp_path / "m" / "m.parquet", {"image": pa.array(cells, kind)})
-    _, records = listed(tmp_path, tmp_path / "m" / "m.parquet")
+    snapshot, records = listed(tmp_path, tmp_path / "m" / "m.parquet")
     assert codes(records) == [None] * 3 + ["bad_row"] * 2 + [None, "policy_denied", "bad_row", "bad_row"]
     assert [r.media[0].size for r in records if r.media] == [7, 5, 5, None]
     assert records[0].path == f"{tmp_path}/m/a.jpg" == records[0].media[0].file
     assert records[6].path == "https://x/y.jpg"
+    # gone.jpg, and the name with a NUL
+    assert snapshot.notes == [
+        f"{tmp_path}/m/m.parquet: 2 files that it names are not found; its paths are relative to {tmp_path}/m/"
+    ]
 
 
 def test_struct_with_paths_and_bytes(tmp_path: Path) -> None:
@@ -161,6 +165,11 @@ def test_text_that_is_not_utf8_costs_its_row_alone(tmp_path: Path) -> None:
     _, records = listed(tmp_path, tmp_path / "s.parquet")
     assert codes(records) == [None, "bad_row", "bad_row", None]
     assert records[3].media[0].text == "also"
+    nested = pa.ListArray.from_arrays([0, 1, 2, 3, 4], broken)
+    pq.write_table(pa.table({"image": [b"x"] * 4, "c": broken, "l": nested}), tmp_path / "k.parquet")
+    _, records = listed(tmp_path, tmp_path / "k.parquet", keep=("c", "l"))
+    assert codes(records) == [None, "bad_row", None, None]
+    assert [r.keep for r in records] == [("fine", ["fine"]), (None, None), (None, [None]), ("also", ["also"])]
 
 
 def _corrupt_group(path: Path, group: int) -> None:
