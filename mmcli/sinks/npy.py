@@ -95,11 +95,10 @@ class NpyFormat:
                 for batch in file.iter_batches(READ_ROWS, columns=[*scalars, ROW_COLUMN]):
                     rows = batch.column(ROW_COLUMN).to_numpy()
                     stop = at + len(rows)
-                    values = [
-                        _vector_column(arrays[f.name][at:stop], f.type) if f.name in arrays else batch.column(f.name)
-                        for f in schema
-                    ]
-                    yield _spread(values, rows, row, schema)
+                    columns = {name: batch.column(name) for name in scalars}
+                    for name in vectors:
+                        columns[name] = _vector_column(arrays[name][at:stop], schema.field(name).type)
+                    yield _spread([columns[f.name] for f in schema], rows, row, schema)
                     row, at = int(rows[-1]) + 1, stop
             total += at
         total += sum(pq.read_metadata(path).num_rows for path in (out / "errors").glob("*.parquet"))

@@ -42,7 +42,8 @@ class Place:
 
     @property
     def signatures(self) -> Path:
-        return self.out / "_inputs.parquet" if self.folder else self.out.with_name(self.out.name + ".inputs")
+        # In a folder it is hidden: DuckDB's dir/*.parquet and `datasets` take every visible Parquet file for data.
+        return self.out / ".inputs" if self.folder else self.out.with_name(self.out.name + ".inputs")
 
     @property
     def metadata(self) -> Path:

@@ -1,0 +1,145 @@
+"""Killed at every step of the commit protocol, a run is recovered by the next one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmcli.sinks.commit import Mode
+from mmcli.sinks.outputs import read_output
+from tests.sinks.rows import OUTPUTS, expected, leftovers, read_rows, spec, write
+
+# Every call that changes or secures a name on disk is a point to be killed at.
+SYNC_POINTS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+
+
+def killed(work: Callable[[], object], at: int) -> bool:
+    """Run `work` in a child that gets SIGKILL after its `at`-th sync point. False: it ended before that."""
+    child = os.fork()
+    if child == 0:
+        left = at
+
+        def wrap(call: Callable[..., object]) -> Callable[..., object]:
+            def counted(*args: object, **options: object) -> object:
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return call(*args, **options)
+
+            return counted
+
+        for name in SYNC_POINTS:
+            setattr(os, name, wrap(getattr(os, name)))
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 - the child must not return into pytest
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+def fresh_folder(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+CUTS = [5, 12, 13]
+
+
+def test_first_run_killed_anywhere(target: tuple[str, str]) -> None:
+    out, format_name = target
+    folder = Path(out).parent
+    at = 0
+    while True:
+        fresh_folder(folder)
+        was_killed = killed(lambda: write(out, spec(format_name), CUTS), at)
+        if was_killed and any(folder.iterdir()):
+            check_readable(out, format_name, {"new": 0.0})
+        write(out, spec(format_name), CUTS)
+        assert read_rows(out, format_name) == expected(13)
+        assert leftovers(folder) == []
+        if not was_killed:
+            break
+        at += 1
+    assert at > 30
+
+
+@pytest.mark.parametrize("mode", ["update", "overwrite"])
+def test_replacing_run_killed_anywhere(target: tuple[str, str], mode: Mode, tmp_path: Path) -> None:
+    """Until it is replaced, the old output is whole; afterwards the new one is."""
+    out, format_name = target
+    write(out, spec(format_name), CUTS)
+    saved = tmp_path.parent / f"{tmp_path.name}-saved"
+    shutil.copytree(tmp_path, saved)
+    at = 0
+    while True:
+        shutil.rmtree(tmp_path)
+        shutil.copytree(saved, tmp_path)
+        run = spec(format_name, inputs="b")
+        was_killed = killed(lambda run=run: write(out, run, [6, 14], mode, value=100), at)  # type: ignore[misc]
+        check_readable(out, format_name, {"old": 0.0, "new": 100.0})
+        write(out, run, [6, 14], mode, value=100)
+        assert read_rows(out, format_name) == expected(14, 100)
+        assert leftovers(tmp_path) == []
+        if not was_killed:
+            break
+        at += 1
+    assert at > 30
+
+
+def check_readable(out: str, format_name: str, values: dict[str, float]) -> None:
+    """If it claims to be complete, it holds the rows of one run and nothing else."""
+    try:
+        info = read_output(out)
+    except Exception as error:
+        assert "there is no output" in str(error), error  # noqa: PT017
+        return
+    if info.complete:
+        found = read_rows(out, format_name)
+        assert any(found == expected(info.rows, value) for value in values.values())
+    elif not out.endswith("/") and os.path.exists(out):
+        assert len(values) == 2 or info.rows
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    output=st.sampled_from(OUTPUTS),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    kills=st.lists(st.integers(0, 60), max_size=3),
+)
+def test_killed_again_and_again(
+    tmp_path: Path, output: tuple[str, str], sizes: list[int], kills: list[int]
+) -> None:
+    """Any parts, any number of kills: acknowledged rows stay, and the end is the same."""
+    folder = fresh_folder(tmp_path / "run")
+    out, format_name = f"{folder}/{output[0]}", output[1]
+    cuts = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    for at in kills:
+        acknowledged = folder.parent / "acknowledged"
+        acknowledged.unlink(missing_ok=True)
+
+        def run_and_tell(to: Path = acknowledged) -> None:
+            for stop in cuts:
+                write(out, spec(format_name), [c for c in cuts if c <= stop], finalise=False)
+                to.write_text(str(stop))
+            write(out, spec(format_name), cuts)
+
+        killed(run_and_tell, at)
+        if acknowledged.exists():
+            assert read_output(out).rows >= int(acknowledged.read_text())
+    write(out, spec(format_name), cuts)
+    assert read_rows(out, format_name) == expected(cuts[-1])
+    assert leftovers(folder) == []
