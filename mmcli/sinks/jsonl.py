@@ -75,11 +75,22 @@ def _values(column: pa.Array) -> list[Any]:
     try:
         return list(column.to_pylist())
     except (ValueError, pa.ArrowException):
-        # Text that is not UTF-8 (UnicodeDecodeError is a ValueError) or times that Python lacks.
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            raw = column.cast(pa.binary(), safe=False).to_pylist()
-            return [None if b is None else b.decode("utf-8", "backslashreplace") for b in raw]
-        return [None if not value.is_valid else str(value) for value in column]
+        return [_plain(value) for value in column]
+
+
+def _plain(value: pa.Scalar) -> Any:
+    """A value some part of which Python cannot hold: text that is not UTF-8, times in nanoseconds."""
+    try:
+        return value.as_py()
+    except (ValueError, pa.ArrowException):
+        pass
+    if isinstance(value, pa.StructScalar):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, pa.ListScalar):
+        return [_plain(inner) for inner in value.values]
+    if isinstance(value, pa.StringScalar):
+        return value.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+    return value.cast(pa.string()).as_py()
 
 
 def _as_text(column: pa.Array) -> pa.Array:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcli.core.errors import OutputError, StateMismatch
+from mmcli.core.errors import MmcliError, OutputError, StateMismatch
 from mmcli.sinks.durable import read_json
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.outputs import RUN_FILE, OutputInfo, RunSpec, decode_schema, without_inputs
@@ -49,11 +50,10 @@ class PreviousRows:
 
     def __init__(self, pieces: Sequence[_Piece], folder: Path, columns: Sequence[str]) -> None:
         self._columns = ["modality", *columns]
-        self._signatures = _SignatureFile(folder / "index.signatures")
+        self._signatures = _SignatureFile(folder / "index.signatures", pieces)
         self._groups: list[tuple[Path, int]] = []
         starts = [0]
         for piece in pieces:
-            self._signatures.extend(piece.signatures, piece.rows)
             for path in piece.files:
                 footer = pq.read_metadata(path)
                 for index in range(footer.num_row_groups):
@@ -207,25 +207,23 @@ def _sidecar_bytes(sidecar: Path) -> Iterator[bytes]:
 class _SignatureFile:
     """Signatures of all previous rows, one after the other in a file; zeros where there is none."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
+    def __init__(self, path: Path, pieces: Sequence[_Piece]) -> None:
         self.rows = 0
+        with path.open("wb") as file:
+            for piece in pieces:
+                self._append(file, piece)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def extend(self, pieces: Iterator[bytes], rows: int) -> None:
-        """Append the signatures of `rows` rows; what is missing becomes unknown, so that nothing is misplaced."""
-        before = self.rows
-        for piece in pieces:
-            self._file.write(piece)
-            self.rows += len(piece) // SIGNATURE_BYTES
-        missing = before + rows - self.rows
-        if missing < 0:
-            raise StateMismatch("there are more signatures than rows", hint="add --overwrite to start anew")
-        self._file.write(_UNKNOWN * missing)
-        self._file.flush()
-        self.rows = before + rows
+    def _append(self, file: BinaryIO, piece: _Piece) -> None:
+        written = 0
+        for raw in piece.signatures:
+            written += file.write(raw) // SIGNATURE_BYTES
+        if written != piece.rows:
+            raise MmcliError(f"internal error: {written} signatures for {piece.rows} rows")
+        self.rows += written
 
     def read(self, row: int, count: int) -> bytes:
-        return os.pread(self._file.fileno(), count * SIGNATURE_BYTES, row * SIGNATURE_BYTES)
+        return os.pread(self._descriptor, count * SIGNATURE_BYTES, row * SIGNATURE_BYTES)
 
     def rows_by_signature(self, row: int, count: int) -> dict[bytes, int]:
         raw = self.read(row, count)
@@ -239,7 +237,9 @@ class _SignatureFile:
             yield row, np.frombuffer(raw, ">i8")[::2].astype(np.int64)
 
     def close(self) -> None:
-        self._file.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class _Index:

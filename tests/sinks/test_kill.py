@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sink_rows import OUTPUTS, expected, leftovers, read_rows, spec, write
 
 from mmcli.sinks.commit import Mode
 from mmcli.sinks.outputs import read_output
-from tests.sinks.rows import OUTPUTS, expected, leftovers, read_rows, spec, write
 
 # Every call that changes or secures a name on disk is a point to be killed at.
 SYNC_POINTS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
@@ -82,18 +82,18 @@ def test_replacing_run_killed_anywhere(target: tuple[str, str], mode: Mode, tmp_
     """Until it is replaced, the old output is whole; afterwards the new one is."""
     out, format_name = target
     write(out, spec(format_name), CUTS)
-    saved = tmp_path.parent / f"{tmp_path.name}-saved"
-    shutil.copytree(tmp_path, saved)
+    folder, saved = Path(out).parent, tmp_path / "saved"
+    shutil.copytree(folder, saved)
     at = 0
     while True:
-        shutil.rmtree(tmp_path)
-        shutil.copytree(saved, tmp_path)
+        shutil.rmtree(folder)
+        shutil.copytree(saved, folder)
         run = spec(format_name, inputs="b")
         was_killed = killed(lambda run=run: write(out, run, [6, 14], mode, value=100), at)  # type: ignore[misc]
         check_readable(out, format_name, {"old": 0.0, "new": 100.0})
         write(out, run, [6, 14], mode, value=100)
         assert read_rows(out, format_name) == expected(14, 100)
-        assert leftovers(tmp_path) == []
+        assert leftovers(folder) == []
         if not was_killed:
             break
         at += 1

@@ -112,7 +112,7 @@ def _read_npy(out: Path) -> list[dict[str, Any]]:
     for path in sorted((out / "metadata").glob("*.parquet")):
         number = path.stem.partition("_")[2]
         metadata = pq.read_table(path).to_pylist()
-        (array,) = [np.load(p) for p in out.glob(f"*_emb/*_{number}.npy")]
+        (array,) = [np.load(p) for p in out.glob(f"*emb/*_{number}.npy")]
         assert array.dtype == np.float16
         assert len(array) == len(metadata)
         found += [

@@ -1,0 +1,87 @@
+"""Full, read-only and failing file systems. Small ones are mounted where that is permitted."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sink_rows import expected, read_rows, spec, write
+
+from mmcli.core.errors import OutputError
+from mmcli.sinks.outputs import read_output
+from mmcli.sinks.place import check_writable
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small file system here: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """Take all space of a small disk but `leave` bytes."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+        file.truncate(max(0, file.tell() - leave))
+    return filler
+
+
+@pytest.mark.parametrize("leave", range(0, 60_000, 4096))
+def test_a_full_disk_keeps_what_is_committed(small_disk: Path, leave: int) -> None:
+    """Whichever step runs out of space: exit 8, committed rows stay, and the run goes on when there is room."""
+    out = f"{small_disk}/out.parquet"
+    write(out, spec("parquet"), [4], finalise=False)
+    filler = fill(small_disk, leave)
+    try:
+        write(out, spec("parquet"), [8, 12, 20])
+    except OutputError as error:
+        assert error.exit_code == 8
+        assert "No space left on device" in error.message
+        assert "out.parquet" in error.message
+        assert "committed rows are kept" in str(error.hint)
+        assert read_output(out).rows >= 4
+    filler.unlink()
+    write(out, spec("parquet"), [8, 12, 20])
+    assert read_rows(out, "parquet") == expected(20)
+
+
+def test_a_full_disk_keeps_the_old_output(small_disk: Path) -> None:
+    out = f"{small_disk}/out.parquet"
+    write(out, spec("parquet"), [20])
+    filler = fill(small_disk, 0)
+    with pytest.raises(OutputError, match="No space left"):
+        write(out, spec("parquet", inputs="b"), [20], "update", value=1)
+    assert read_rows(out, "parquet") == expected(20)
+    filler.unlink()
+
+
+def test_a_read_only_file_system(small_disk: Path) -> None:
+    out = f"{small_disk}/out.parquet"
+    write(out, spec("parquet"), [4], finalise=False)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        write(out, spec("parquet"), [20])
+    for other in ("other.parquet", "other/"):
+        with pytest.raises(OutputError, match="Read-only file system"):
+            check_writable(f"{small_disk}/{other}", "parquet")
+        with pytest.raises(OutputError, match="Read-only file system"):
+            write(f"{small_disk}/{other}", spec("parquet"), [4])
+    assert read_output(out).rows == 4
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+
+
+def test_check_writable_leaves_nothing(target: tuple[str, str]) -> None:
+    check_writable(*target)
+    assert list(Path(target[0]).parent.iterdir()) == []
