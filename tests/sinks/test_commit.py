@@ -96,11 +96,11 @@ def test_another_command_is_refused_with_the_difference(target: Target) -> None:
     out, format_name = target
     for finalise in (False, True):
         write(out, spec(format_name), [4], finalise=finalise)
-        with pytest.raises(StateMismatch, match="model.id: was clip, is siglip") as refused:
+        with pytest.raises(StateMismatch, match=r"model\.id: was clip, is siglip") as refused:
             write(out, spec(format_name, model="siglip"), [4])
         assert "--overwrite" in str(refused.value.hint)
         assert "--update" not in str(refused.value.hint)
-        with pytest.raises(StateMismatch, match="inputs.digest: was a, is b") as refused:
+        with pytest.raises(StateMismatch, match=r"inputs\.digest: was a, is b") as refused:
             write(out, spec(format_name, inputs="b"), [4])
         assert "--update" in str(refused.value.hint)
     assert read_rows(out, format_name) == expected(4)
@@ -110,7 +110,7 @@ def test_another_model_cannot_update(target: Target) -> None:
     out, format_name = target
     for finalise in (False, True):
         write(out, spec(format_name), [4], finalise=finalise)
-        with pytest.raises(StateMismatch, match="model.id: was clip, is siglip"):
+        with pytest.raises(StateMismatch, match=r"model\.id: was clip, is siglip"):
             write(out, spec(format_name, model="siglip"), [4], "update")
 
 

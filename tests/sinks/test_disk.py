@@ -44,9 +44,12 @@ def test_a_full_disk_keeps_what_is_committed(small_disk: Path, leave: int) -> No
     out = f"{small_disk}/out.parquet"
     write(out, spec("parquet"), [4], finalise=False)
     filler = fill(small_disk, leave)
+    error = None
     try:
         write(out, spec("parquet"), [8, 12, 20])
-    except OutputError as error:
+    except OutputError as refused:
+        error = refused
+    if error is not None:
         assert error.exit_code == 8
         assert "No space left on device" in error.message
         assert "out.parquet" in error.message

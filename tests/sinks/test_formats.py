@@ -171,7 +171,7 @@ def test_jsonl_holds_whatever_a_manifest_has() -> None:
         "nan": (pa.array([float("nan")]), None),
         "int": (pa.array([2**63 - 1]), 2**63 - 1),
         "list": (pa.array([["a", None]]), ["a", None]),
-        "struct": (pa.array([{"a": 1, "b": None}], pa.struct([("a", pa.int8()), ("b", pa.string())])), {"a": 1, "b": None}),
+        "struct": (pa.array([{"a": 1, "b": None}]), {"a": 1, "b": None}),
         "map": (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int8())), [["k", 1]]),
         "null": (pa.nulls(1), None),
         "bool": (pa.array([True]), True),
@@ -232,7 +232,8 @@ def test_npy_with_two_vectors_per_row(tmp_path: Path) -> None:
     rows = table(0, 50).rename_columns(["id", "path", "modality", "image_embedding", *SCHEMA.names[4:]])
     rows = rows.add_column(4, "text_embedding", rows.column("image_embedding"))
     write_table(f"{tmp_path}/out/", rows, "npy")
-    assert (np.load(tmp_path / "out/text_emb/text_emb_0.npy") == np.load(tmp_path / "out/img_emb/img_emb_0.npy")).all()
+    text, image = (np.load(tmp_path / f"out/{kind}_emb/{kind}_emb_0.npy") for kind in ("text", "img"))
+    assert (text == image).all()
 
 
 @pytest.mark.parametrize("rows", [4, 9, 10, 11, 130])
@@ -245,7 +246,8 @@ def test_npy_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) 
     assert len(names) == -(-sum(not is_error(row) for row in range(rows)) // 3)
     # Readers sort names as text.
     assert names == [f"img_emb_{n:0{len(str(len(names) - 1))}d}.npy" for n in range(len(names))]
-    found = list(load_format("npy").read(tmp_path / "out", SCHEMA.empty_table().select(["modality", "embedding"]).schema))
+    wanted = pa.schema([SCHEMA.field("modality"), SCHEMA.field("embedding")])
+    found = list(load_format("npy").read(tmp_path / "out", wanted))
     assert pa.Table.from_batches(found).column("embedding").to_pylist() == [e for _, _, e in expected(rows)]
 
 

@@ -59,7 +59,9 @@ def test_finished_rows_are_found(target: Target) -> None:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10_000), batch=st.sampled_from([1, 7, 64]), cuts=st.lists(st.integers(1, 99), max_size=4))
+@given(
+    seed=st.integers(0, 10_000), batch=st.sampled_from([1, 7, 64]), cuts=st.lists(st.integers(1, 99), max_size=4)
+)
 def test_any_order_with_duplicates(tmp_path: Path, seed: int, batch: int, cuts: list[int]) -> None:
     """The index answers as a dict does, whatever the order, and also for rows that are there twice."""
     out = f"{tmp_path}/{seed}-{batch}.parquet"
@@ -96,7 +98,9 @@ def test_equal_prefixes_are_told_apart(tmp_path: Path) -> None:
     assert found == [(0, vector(2)), (2, vector(0)), (3, vector(1))]
 
 
-@pytest.mark.parametrize("first", [b"\x00" * 7 + b"\x01", b"\x7f" + b"\xff" * 7, b"\x80" + b"\x00" * 7, b"\xff" * 8])
+@pytest.mark.parametrize(
+    "first", [b"\x00" * 7 + b"\x01", b"\x7f" + b"\xff" * 7, b"\x80" + b"\x00" * 7, b"\xff" * 8]
+)
 def test_extreme_prefixes(tmp_path: Path, first: bytes) -> None:
     out = f"{tmp_path}/out.parquet"
     with Staging(out) as staging:
@@ -106,7 +110,10 @@ def test_extreme_prefixes(tmp_path: Path, first: bytes) -> None:
     assert take(out, spec("parquet", inputs="b"), [b"new" * 5 + b"!", first + b"c" * 8], 1) == [(1, vector(2))]
 
 
-def test_many_row_groups_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rereads", [0, 3, 1000])
+def test_many_row_groups_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rereads: int) -> None:
+    """In whatever order, with and without the copy that is made for rows in no order."""
+    monkeypatch.setattr(previous, "REREADS", rereads)
     monkeypatch.setattr(parquet, "GROUP_ROWS", 16)
     monkeypatch.setattr(parquet, "GROUP_BYTES", 200)
     monkeypatch.setattr(previous, "INDEX_BUCKET", 37)
