@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,15 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     the folder 38 %.
     """
     temporary = temporary_name(path)
-    write(temporary)
-    fsync_file(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        fsync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        # A full disk is not to be filled with what is of no use.
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     fsync_folder(path.parent)
 
 

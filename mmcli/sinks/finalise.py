@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +24,41 @@ from mmcli.sinks.place import Place
 FINAL_FOLDER = "final"
 
 
+Moves = list[tuple[Path, Path]]
+
+
 def finalise(place: Place, spec: RunSpec, parts: Sequence[Part], notes: list[str], old_files: list[str]) -> None:
     """Write the finished output beside its parts, then move it to its name.
 
-    `old_files`: what a finished folder that is replaced consists of. Raises OSError, StateMismatch for a
-    damaged part, MmcliError when the format did not write every row.
+    `old_files`: what a finished folder that is replaced consists of. Needs the space of the parts once more,
+    save for a folder of Parquet. Raises OSError, StateMismatch for a damaged part, MmcliError when the format did
+    not write every row; then the parts are as they were.
     """
     final = place.staging / FINAL_FOLDER
     remove(final)
     final.mkdir()
-    rows = sum(part.stop - part.start for part in parts)
     metadata = {
         **spec.stored_metadata(),
         "format": spec.format,
-        "rows": rows,
+        "rows": sum(part.stop - part.start for part in parts),
         "errors": dict(sorted(total_errors(parts).items())),
         "notes": notes,
         "complete": True,
     }
-    product = _write_product(place, spec, parts, metadata)
-    signatures = final / place.signatures.name
-    _write_signatures(parts, metadata["fingerprint"], signatures)
-    moves = [(signatures, place.signatures), *product]
-    deletes: list[Path] = []
-    if place.folder or not isinstance(load_format(spec.format), ParquetFormat):
-        metadata["arrow_schema"] = encode_schema(spec.schema)
-        if place.folder:
-            metadata["files"] = [os.path.relpath(target, place.root) for _, target in product]
-        else:
-            metadata["bytes"] = product[0][0].stat().st_size
-        write_json(final / place.metadata.name, metadata)
-        described = (final / place.metadata.name, place.metadata)
-        # What makes the output a finished one goes last: a folder's _SUCCESS.json, else the file itself.
-        moves.insert(len(moves) if place.folder else 1, described)
-    else:
-        deletes.append(place.metadata)
+    try:
+        moves = _prepare(place, spec, parts, metadata)
+        _sync(final)
+    except BaseException:
+        shutil.rmtree(final, ignore_errors=True)
+        raise
+    targets = {target for _, target in moves}
+    old = [place.metadata, *(place.root / name for name in old_files)]
     if place.folder:
-        kept = {target for _, target in moves}
-        old = [place.root / name for name in old_files] + sorted(place.out.glob("part-*.parquet"))
-        deletes += [path for path in old if path not in kept]
-    _sync(final)
+        old += sorted(place.out.glob("part-*.parquet"))
     write_json(
         place.staging / SWAP_FILE,
         {
-            "delete": [os.path.relpath(path, place.root) for path in deletes],
+            "delete": [os.path.relpath(path, place.root) for path in old if path not in targets],
             "moves": [[os.path.relpath(a, place.staging), os.path.relpath(b, place.root)] for a, b in moves],
             "metadata": {**metadata, "arrow_schema": encode_schema(spec.schema)},
         },
@@ -74,10 +66,31 @@ def finalise(place: Place, spec: RunSpec, parts: Sequence[Part], notes: list[str
     apply_swap(place)
 
 
-def _write_product(
-    place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any]
-) -> list[tuple[Path, Path]]:
-    """The output's files as (where they are now, where they go)."""
+def _prepare(place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any]) -> Moves:
+    """Write everything that belongs to the output; returns (where it is, where it goes).
+
+    Last comes what makes the output a finished one: a folder's _SUCCESS.json, else the file itself.
+    """
+    final = place.staging / FINAL_FOLDER
+    signatures = final / place.signatures.name
+    _write_signatures(parts, metadata["fingerprint"], signatures)
+    product = _write_product(place, spec, parts, metadata)
+    moves = [(signatures, place.signatures), *product]
+    described = {**metadata, "arrow_schema": encode_schema(spec.schema)}
+    if place.folder:
+        described["files"] = [os.path.relpath(target, place.root) for _, target in product]
+        moves.append((final / place.metadata.name, place.metadata))
+    elif not isinstance(load_format(spec.format), ParquetFormat):
+        described["bytes"] = product[0][0].stat().st_size
+        moves.insert(0, (final / place.metadata.name, place.metadata))
+    else:
+        return moves
+    write_json(final / place.metadata.name, described)
+    return moves
+
+
+def _write_product(place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any]) -> Moves:
+    """The output's own files."""
     made = load_format(spec.format)
     if place.folder and isinstance(made, ParquetFormat):
         return [(part.path, place.out / part_name(n)) for n, part in enumerate(parts)]
@@ -163,5 +176,5 @@ def discard_staging(place: Place) -> None:
     with suppress(FileNotFoundError):
         os.rename(place.staging, trash)
         fsync_folder(trash.parent)
-    for leftover in trash.parent.glob(f".{place.staging.name}.*.trash"):
+    for leftover in trash.parent.glob(f".{escape(place.staging.name)}.*.trash"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -79,6 +79,10 @@ def load_format(name: str) -> RereadableFormat:
 def _refuse_special(out: str) -> None:
     if not out:
         raise ConfigError("-o is empty; give it a file (out.parquet), a folder (out/) or -")
+    try:
+        os.path.realpath(out).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"-o {os.fsencode(out)!r} is not a UTF-8 name, which Arrow cannot open") from None
     if os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out):
         # The finished output is renamed into place: that would replace /dev/null or a pipe by a file.
         raise ConfigError(f"-o {out} is a device or a pipe, not a file; for JSONL on stdout give -o -")

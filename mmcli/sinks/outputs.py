@@ -80,8 +80,16 @@ class OutputInfo:
 def read_output(path: str | Path) -> OutputInfo:
     """Read what is known about an output, finished or not, without reading its rows.
 
-    Raises ConfigError when there is nothing, StateMismatch when it was not written by mmcli or is damaged.
+    Raises ConfigError when there is nothing or it cannot be read, StateMismatch when it was not written by mmcli
+    or is damaged.
     """
+    try:
+        return _read_output(Path(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_output(path: Path) -> OutputInfo:
     place = Place.of(path)
     swap = read_json(place.staging / SWAP_FILE)
     if swap is not None:
@@ -96,7 +104,8 @@ def read_output(path: str | Path) -> OutputInfo:
 def finished_output(place: Place) -> OutputInfo | None:
     """The finished output at a place; None when there is none.
 
-    Raises StateMismatch for a file that mmcli did not write, or that was changed since.
+    Raises StateMismatch for a file that mmcli did not write, or that was changed since; OSError when it cannot
+    be read.
     """
     if not place.out.exists():
         return None
@@ -123,6 +132,8 @@ def _finished_parquet(place: Place) -> OutputInfo:
         metadata = json.loads((schema.metadata or {})[JOB_KEY])
         metadata["rows"], metadata["fingerprint"]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise _foreign(place) from error
     return _info(place, metadata, schema)
 

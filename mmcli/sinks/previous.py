@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmcli.core.errors import MmcliError, OutputError, StateMismatch
-from mmcli.sinks.durable import read_json
+from mmcli.sinks.durable import output_errors, read_json
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.outputs import RUN_FILE, OutputInfo, RunSpec, decode_schema, without_inputs
-from mmcli.sinks.parquet import is_vector, open_parquet, parquet_writer
+from mmcli.sinks.parquet import damaged_part, is_vector, open_parquet, parquet_writer
 from mmcli.sinks.parts import FINGERPRINT_KEY, SIGNATURE_BYTES, SIGNATURES, part_signatures, read_parts, to_bytes
 from mmcli.sinks.place import Place
 
@@ -166,13 +166,8 @@ class PreviousRows:
             return None
 
 def _read_group(path: Path, index: int, columns: list[str]) -> pa.Table:
-    try:
-        with open_parquet(path) as file:
-            return file.read_row_group(index, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise StateMismatch(
-            f"{path} is damaged: {str(error).splitlines()[0]}", hint="add --overwrite to start anew"
-        ) from error
+    with output_errors(path), damaged_part(path), open_parquet(path) as file:
+        return file.read_row_group(index, columns=columns)
 
 
 def _finished_piece(spec: RunSpec, final: OutputInfo | None, staging: Path, wanted: pa.Schema) -> _Piece | None:

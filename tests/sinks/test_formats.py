@@ -66,6 +66,7 @@ def test_format_for(out: str, name: str | None, chosen: str) -> None:
         ("", None, "empty"),
         ("/dev/null", None, "device or a pipe"),
         ("/dev/null", "jsonl", "device or a pipe"),
+        (os.fsdecode(b"\xff.parquet"), None, "not a UTF-8 name"),
     ],
 )
 def test_format_for_refuses(out: str, name: str | None, problem: str) -> None:

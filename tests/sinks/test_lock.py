@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sink_rows import expected, read_rows, spec, write
+from sink_rows import expected, read_rows, signature_of, spec, table, write
 
 from mmcli.core.errors import TryAgain
 from mmcli.sinks.commit import Staging
@@ -74,3 +74,45 @@ def test_an_unsigned_lock_is_still_a_lock(tmp_path: Path) -> None:
         (tmp_path / "out.parquet.mmcli" / "lock").write_text("")
         with pytest.raises(TryAgain, match=re.escape("does not say who")):
             write(out, spec("parquet"), [4])
+
+
+def test_a_slowly_emptied_folder_is_not_shared(target: tuple[str, str]) -> None:
+    """The next run starts while the finished one still deletes its parts."""
+    out, format_name = target
+    child = os.fork()
+    if child == 0:
+        unlink = os.unlink
+
+        def slow_unlink(*args: object, **options: object) -> None:
+            time.sleep(0.02)
+            unlink(*args, **options)  # type: ignore[arg-type]
+
+        os.unlink = slow_unlink  # type: ignore[assignment]
+        try:
+            write(out, spec(format_name), [3, 6, 9, 20])
+        finally:
+            os._exit(0)
+    finished = Path(f"{out}_SUCCESS.json" if out.endswith("/") else out)
+    while not finished.exists():
+        time.sleep(0.001)
+    while True:
+        try:
+            write(out, spec(format_name), [2, 4, 6, 8, 10], "overwrite", value=1)
+            break
+        except TryAgain:
+            continue
+    os.waitpid(child, 0)
+    assert read_rows(out, format_name) == expected(10, 1)
+
+
+def test_a_finished_run_leaves_the_next_one_alone(target: tuple[str, str]) -> None:
+    out, format_name = target
+    with Staging(out, format_name) as first:
+        first.open(spec(format_name))
+        first.commit(table(0, 4), 0, [signature_of(row) for row in range(4)])
+        first.finalise(4)
+        second = Staging(out, format_name).__enter__()
+        second.open(spec(format_name), "overwrite")
+    second.commit(table(0, 4, 1), 0, [signature_of(row) for row in range(4)])
+    second.finalise(4)
+    assert read_rows(out, format_name) == expected(4, 1)
