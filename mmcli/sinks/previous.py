@@ -27,7 +27,7 @@ PREVIOUS_FOLDER = "previous"
 # Three row groups of at most 32 MB: a run that goes through both outputs in order needs one or two.
 CACHED_GROUPS = 3
 # When row groups have been read this many times over, rows come in no order: 850 rows/s of 300,000, and less of
-# more. A copy that any row can be read from, made once, gives 30,000.
+# more. A copy that any row can be read from, made once, gives 65,000.
 REREADS = 3
 # Signatures that are sorted in memory at a time when the index is built (10 s for 10 million).
 INDEX_BUCKET = 500_000
@@ -47,7 +47,7 @@ class PreviousRows:
     """Rows with status ok of a finished output, and of an interrupted run over other inputs.
 
     Rows are looked for where the last one was found, which is all it takes when inputs come in the same order:
-    400,000 rows/s (512 x float32). Only signatures that are not there go to an index, which is built on disk
+    230,000 rows/s (512 x float32). Only signatures that are not there go to an index, which is built on disk
     when the first one does. Memory does not grow with the number of rows.
     """
 
