@@ -196,3 +196,12 @@ def test_a_damaged_previous_output_is_named(tmp_path: Path) -> None:
     out.write_bytes(content)
     with pytest.raises(StateMismatch, match=r"out\.parquet is damaged"):
         take(str(out), spec("parquet", inputs="b"), [signature_of(0)])
+
+
+def test_error_rows_of_an_interrupted_run_are_computed_again(target: Target) -> None:
+    """The same inputs: --update reuses what is good, and does not simply go on."""
+    out, format_name = target
+    write(out, spec(format_name), [20], finalise=False)
+    assert take(out, spec(format_name), [signature_of(0), signature_of(3)]) == [(0, vector(0))]
+    write(out, spec(format_name), [30], "update", value=1)
+    assert read_rows(out, format_name) == expected(30, 1)
