@@ -1,0 +1,135 @@
+"""A model without weights whose vectors identify their input: `-m fake:8`.
+
+For trying out a pipeline, and for tests of everything around a model. Its options, after the vector's size:
+
+    oom=N   more than N samples in a batch run out of memory
+    ms=T    a batch takes T milliseconds
+    obey    texts `abort`, `segfault`, `exit`, `hang`, `raise` do that to the decoder; `nan` gives NaN,
+            `fail` makes the model raise
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mmcli.core.errors import ConfigError
+from mmcli.core.records import MODALITIES, Audio, DecodeOptions, Modality, Payload, Sample, Video
+from mmcli.models.options import ModelOptions
+
+PREFIX = "fake:"
+_LARGEST = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class FakePlan:
+    """See mmcli.core.protocols.ModelPlan. Takes every modality."""
+
+    embedding_size: int
+    decode: DecodeOptions = DecodeOptions()
+    oom: int | None = None
+    ms: float = 0.0
+    obey: bool = False
+    modalities: frozenset[Modality] = frozenset(MODALITIES)
+
+    def describe(self) -> dict[str, Any]:
+        """Only what changes vectors."""
+        return {"id": f"{PREFIX}{self.embedding_size}", "family": "fake", "frames": self.decode.num_frames}
+
+    def open_processor(self) -> FakeProcessor:
+        return FakeProcessor(self.embedding_size, self.obey)
+
+    def load(self) -> FakeRunner:
+        return FakeRunner(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeProcessor:
+    """Payload -> its vector, already."""
+
+    embedding_size: int
+    obey: bool
+
+    def __call__(self, modality: Modality, payload: Payload) -> Sample:
+        """`vector`: float32 [D]. Length bucketing sees the length of texts and sounds."""
+        if self.obey and isinstance(payload, str):
+            _obey(payload)
+        length = len(payload) if isinstance(payload, str) else 0
+        vector = fake_vector(modality, payload, self.embedding_size)
+        if self.obey and payload in ("nan", "fail"):
+            vector[0] = np.nan if payload == "nan" else np.inf
+        cost = len(payload.frames) if isinstance(payload, Video) else 1
+        return Sample(modality, {"vector": vector}, length=length, cost=cost)
+
+
+class FakeRunner:
+    """Stacks the vectors."""
+
+    def __init__(self, plan: FakePlan) -> None:
+        self._plan = plan
+
+    def collate(self, samples: Sequence[Sample]) -> np.ndarray:
+        return np.stack([s.arrays["vector"] for s in samples])
+
+    def forward(self, batch: np.ndarray) -> np.ndarray:
+        """float32 [n, D]. Raises MemoryError for a batch larger than `oom`, RuntimeError for the text `fail`."""
+        if self._plan.oom is not None and len(batch) > self._plan.oom:
+            raise MemoryError
+        if self._plan.ms:
+            time.sleep(self._plan.ms / 1000)
+        if self._plan.obey and np.isinf(batch).any():
+            raise RuntimeError("this model was told to fail")
+        return batch
+
+
+def fake_vector(modality: Modality, payload: Payload, size: int) -> np.ndarray:
+    """The vector of a decoded medium: float32 [size] in [0, 1), from SHAKE-128 of its modality and content."""
+    digest = hashlib.shake_128(modality.encode())
+    if isinstance(payload, str):
+        digest.update(payload.encode("utf-8", "surrogatepass"))
+    else:
+        array = payload.waveform if isinstance(payload, Audio) else payload
+        array = payload.frames if isinstance(payload, Video) else array
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    # 11 bits each: exact in float16 too.
+    return (np.frombuffer(digest.digest(2 * size), "<u2") >> 5).astype(np.float32) / 2048
+
+
+def resolve_fake(options: ModelOptions) -> FakePlan:
+    """The plan of `fake:8,oom=4`. Raises ConfigError."""
+    size, *settings = options.model.removeprefix(PREFIX).split(",")
+    if not (size.isascii() and size.isdigit() and 0 < int(size) <= _LARGEST):
+        raise ConfigError(f"-m {options.model}: the size of the vectors is a number from 1 to {_LARGEST}, e.g. fake:8")
+    decode = DecodeOptions(num_frames=options.frames, exact_decode=options.exact_decode)
+    plan = FakePlan(int(size), decode)
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name == "obey":
+            plan = replace(plan, obey=True)
+        elif name in ("oom", "ms") and value.isascii() and value.isdigit():
+            plan = replace(plan, **{name: int(value)})
+        else:
+            raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, obey")
+    return plan
+
+
+def _obey(order: str) -> None:
+    match order:
+        case "abort":
+            os.abort()
+        case "segfault":
+            ctypes.string_at(0)
+        case "exit":
+            os._exit(7)
+        case "hang":
+            time.sleep(1e6)
+        case "raise":
+            raise ZeroDivisionError("told to raise")
