@@ -80,9 +80,14 @@ class ModelPlan(Protocol):
     decode          what its processor needs from the decoder
     """
 
-    modalities: frozenset[Modality]
-    embedding_size: int
-    decode: DecodeOptions
+    @property
+    def modalities(self) -> frozenset[Modality]: ...
+
+    @property
+    def embedding_size(self) -> int: ...
+
+    @property
+    def decode(self) -> DecodeOptions: ...
 
     def describe(self) -> dict[str, Any]:
         """What identifies the model in the fingerprint and the output's metadata."""

@@ -33,7 +33,7 @@ class FakePlan:
     """See mmcli.core.protocols.ModelPlan. Takes every modality."""
 
     embedding_size: int
-    decode: DecodeOptions = DecodeOptions()
+    decode: DecodeOptions
     oom: int | None = None
     ms: float = 0.0
     obey: bool = False
@@ -107,15 +107,17 @@ def resolve_fake(options: ModelOptions) -> FakePlan:
     """The plan of `fake:8,oom=4`. Raises ConfigError."""
     size, *settings = options.model.removeprefix(PREFIX).split(",")
     if not (size.isascii() and size.isdigit() and 0 < int(size) <= _LARGEST):
-        raise ConfigError(f"-m {options.model}: the size of the vectors is a number from 1 to {_LARGEST}, e.g. fake:8")
+        raise ConfigError(f"-m {options.model}: the size is a number from 1 to {_LARGEST}, e.g. fake:8")
     decode = DecodeOptions(num_frames=options.frames, exact_decode=options.exact_decode)
     plan = FakePlan(int(size), decode)
     for setting in settings:
         name, _, value = setting.partition("=")
         if name == "obey":
             plan = replace(plan, obey=True)
-        elif name in ("oom", "ms") and value.isascii() and value.isdigit():
-            plan = replace(plan, **{name: int(value)})
+        elif name == "oom" and value.isascii() and value.isdigit():
+            plan = replace(plan, oom=int(value))
+        elif name == "ms" and value.isascii() and value.isdigit():
+            plan = replace(plan, ms=float(value))
         else:
             raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, obey")
     return plan
