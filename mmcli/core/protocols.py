@@ -120,7 +120,8 @@ class Runner(Protocol):
 class Task(Protocol):
     """What the user asks for: which columns a Result has."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def fields(self, slots: Sequence[str]) -> list[pa.Field]:
         """The task's own columns, known before the first row is read."""

@@ -1,0 +1,62 @@
+"""The typer application: one row per command. Command modules import heavy libraries inside functions only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mmcli import __version__
+from mmcli.cli.embed import embed
+from mmcli.core.errors import ConfigError, ExitCode
+
+app = typer.Typer(
+    name="mmcli",
+    help="Batch work with multimodal transformer models: folders and manifests in, tables out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+app.command("embed")(embed)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"mmcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Batch work with multimodal transformer models: folders and manifests in, tables out."""
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Parse and run. Raises MmcliError; usage errors become ConfigError."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(arguments), prog_name="mmcli", standalone_mode=False)
+    except typer.Abort:
+        return int(ExitCode.INTERRUPTED)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        raise _usage_error(error) from error
+    return int(code or 0)
+
+
+def _usage_error(error: Exception) -> ConfigError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "mmcli"
+    message = error.format_message()  # type: ignore[attr-defined]
+    return ConfigError(message or "nothing to do", hint=f"{path} --help")

@@ -1,0 +1,220 @@
+"""Strings -> Source, plan, Task, Job, Output: the only place that knows every room."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmcli.cli import parse
+from mmcli.cli.messages import Messages
+from mmcli.cli.options import (
+    EmbeddingArguments,
+    InputArguments,
+    MessageArguments,
+    ModelArguments,
+    OutputArguments,
+    RunArguments,
+)
+from mmcli.cli.parse import Problems
+from mmcli.cli.signals import Signals
+from mmcli.core.job import Job
+from mmcli.core.protocols import ModelPlan, Snapshot, Source, Task
+from mmcli.core.report import Report
+
+if TYPE_CHECKING:
+    from mmcli.sources.open import SourceOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The options that every task shares."""
+
+    inputs: InputArguments
+    model: ModelArguments
+    output: OutputArguments
+    run: RunArguments
+    messages: MessageArguments
+
+
+@dataclass(slots=True)
+class Planned:
+    """What a task needs to run: the model's plan, the task, and its options that change output bytes."""
+
+    plan: ModelPlan
+    task: Task
+    options: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A checked command: nothing was read from the media and no weight loaded yet."""
+
+    arguments: Arguments
+    source: Source
+    planned: Planned
+    messages: Messages
+    report: Report
+    limits: RunLimits
+    signals: Signals
+
+    def job(self, snapshot: Snapshot) -> Job:
+        """Everything that can change an output byte."""
+        inputs = self.arguments.inputs
+        options = {
+            **self.planned.options,
+            "seed": self.limits.seed,
+            "columns": {
+                "slots": ",".join(self.source.slots),
+                "keep": ",".join(f"{f.name}:{f.type}" for f in self.source.keep),
+                "id": inputs.id_column,
+            },
+        }
+        listed = {"digest": snapshot.digest, "rows": snapshot.rows}
+        return Job(self.planned.task.name, self.planned.plan.describe(), options, listed)
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """The parsed options of a run."""
+
+    seed: int
+    part_rows: int
+    part_seconds: float
+    batch_size: int | None
+    num_workers: int | None
+    timeout_s: float
+    time_limit_s: float | None
+    max_errors: tuple[int | None, float | None]
+
+
+Planner = Callable[[Problems], Planned | None]
+
+
+def embed_plan(arguments: Arguments, embedding: EmbeddingArguments, problems: Problems) -> Planned | None:
+    """Resolve the model of `mmcli embed` and say what its vectors are."""
+    from mmcli.models.options import ModelOptions
+    from mmcli.models.resolve import resolve
+    from mmcli.tasks.embed import Embed
+
+    model = arguments.model
+    dtype = problems.collect(parse.choice, "--embedding-dtype", embedding.embedding_dtype, ("float32", "float16"))
+    frames = problems.collect(parse.number, "--frames", embedding.frames, 1)
+    if not model.model:
+        problems.add("no model given; add -m MODEL, a local directory or a hub id (openai/clip-vit-base-patch32)")
+        return None
+    options = ModelOptions(
+        model=model.model,
+        revision=model.revision,
+        device=model.device,
+        dtype=model.dtype,
+        pooling=embedding.pooling,
+        normalize=embedding.normalize,
+        frames=frames or 1,
+        attn_implementation=model.attn_implementation,
+        compile=model.compile,
+        offline=model.offline,
+        trust_remote_code=model.trust_remote_code,
+        allow_pickle=model.allow_pickle,
+        exact_decode=embedding.exact_decode,
+    )
+    plan = problems.collect(resolve, options)
+    if plan is None or dtype is None:
+        return None
+    task = Embed(plan.embedding_size, dtype)
+    return Planned(plan, task, {"embedding_dtype": dtype, "exact_decode": embedding.exact_decode})
+
+
+def prepare(
+    arguments: Arguments, planner: Planner, messages: Messages, report: Report, signals: Signals
+) -> Prepared:
+    """Check everything, all problems together. Raises ConfigError, or OutputError for a place that is no good."""
+    from mmcli.sources.open import open_source
+
+    problems = Problems()
+    limits = _limits(arguments.run, problems)
+    _check_output(arguments.output, problems)
+    source = problems.collect(open_source, _source_options(arguments), sys.stdin.buffer if sys.stdin else None)
+    planned = planner(problems)
+    if source is not None and planned is not None:
+        _check_modalities(source, planned.plan, str(arguments.model.model), problems)
+    problems.check()
+    assert source is not None
+    assert planned is not None
+    _check_place(arguments.output)
+    return Prepared(arguments, source, planned, messages, report, limits, signals)
+
+
+def _source_options(arguments: Arguments) -> SourceOptions:
+    from mmcli.sources.open import SourceOptions
+
+    inputs = arguments.inputs
+    return SourceOptions(
+        inputs=tuple(inputs.inputs or ()),
+        glob=tuple(inputs.glob or ()),
+        null_separated=inputs.null,
+        image_column=inputs.image_column,
+        audio_column=inputs.audio_column,
+        video_column=inputs.video_column,
+        text_column=inputs.text_column,
+        path_column=inputs.path_column,
+        id_column=inputs.id_column,
+        keep=parse.split_names(inputs.keep),
+        hidden=inputs.hidden,
+        follow_symlinks=inputs.follow_symlinks,
+        input_format=inputs.input_format,
+        # A list from a pipe may never end: its rows are answered as they come.
+        live=arguments.output.output == "-",
+    )
+
+
+def _limits(run: RunArguments, problems: Problems) -> RunLimits:
+    problems.collect(parse.choice, "--on-error", run.on_error, ("record", "fail"))
+    budget = problems.collect(parse.max_errors, "--max-errors", run.max_errors) or (None, None)
+    if run.on_error == "fail" and run.max_errors is not None:
+        problems.add("--on-error fail allows no error row, --max-errors some; give one of them")
+    time_limit = problems.collect(parse.duration, "--time-limit", run.time_limit) if run.time_limit else None
+    return RunLimits(
+        seed=problems.collect(parse.number, "--seed", run.seed, 0) or 0,
+        part_rows=problems.collect(parse.number, "--part-rows", run.part_rows, 1) or 0,
+        part_seconds=problems.collect(parse.duration, "--part-seconds", run.part_seconds) or 0.0,
+        batch_size=problems.collect(parse.count_or_auto, "--batch-size", run.batch_size, 1),
+        num_workers=problems.collect(parse.count_or_auto, "--num-workers", run.num_workers, 0),
+        timeout_s=problems.collect(parse.duration, "--timeout", run.timeout) or 0.0,
+        time_limit_s=time_limit,
+        max_errors=(0, None) if run.on_error == "fail" else budget,
+    )
+
+
+def _check_output(output: OutputArguments, problems: Problems) -> None:
+    modes = [n for n in ("overwrite", "update", "retry_errors") if getattr(output, n)]
+    if len(modes) > 1:
+        flags = " and ".join("--" + m.replace("_", "-") for m in modes)
+        problems.add(f"{flags} exclude one another; give one of them")
+    if output.output == "-":
+        if modes:
+            problems.add(f"--{modes[0].replace('_', '-')} needs an output file; add e.g. -o out.parquet")
+        if output.format not in (None, "jsonl"):
+            problems.add(f"--format {output.format} cannot go to stdout, only jsonl; add e.g. -o out.parquet")
+        return
+    from mmcli.sinks.formats import format_for
+
+    problems.collect(format_for, output.output, output.format)
+
+
+def _check_place(output: OutputArguments) -> None:
+    """Before a model is loaded: can the output be written? Raises ConfigError or OutputError."""
+    if output.output == "-":
+        return
+    from mmcli.sinks.formats import format_for
+    from mmcli.sinks.place import check_writable
+
+    check_writable(output.output, format_for(output.output, output.format))
+
+
+def _check_modalities(source: Source, plan: ModelPlan, model: str, problems: Problems) -> None:
+    takes = ", ".join(sorted(plan.modalities))
+    for slot in source.slots:
+        if slot and slot not in plan.modalities:
+            problems.add(f"--{slot}-column: the model {model} does not take {slot}; it takes {takes}")

@@ -1,0 +1,153 @@
+"""What is said on stderr while a run goes on: notes, progress, summary. stdout belongs to the data."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mmcli.cli.boundary import Outcome, say
+from mmcli.core.errors import OutputError, one_line
+from mmcli.core.report import Report
+
+# On a terminal the line is redrawn; in a log file or under cron a line each 30 s is enough.
+TERMINAL_S, PLAIN_S = 0.25, 30.0
+
+
+class Messages:
+    """Lines for a person on stderr, and in --log-file with the time."""
+
+    def __init__(self, *, quiet: bool = False, log_file: Path | None = None) -> None:
+        self._quiet = quiet
+        try:
+            self._log = open(log_file, "a", encoding="utf-8") if log_file else None  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"--log-file {log_file}: {error.strerror}") from error
+
+    def note(self, text: str) -> None:
+        """A line that --quiet silences."""
+        line = one_line(text, 2000)
+        if not self._quiet:
+            say(line)
+        self.log(line)
+
+    def log(self, line: str) -> None:
+        if self._log is not None:
+            print(datetime.now().astimezone().isoformat(timespec="seconds"), line, file=self._log, flush=True)
+
+    def summary(self, report: Report, output: str, *, as_json: bool, outcome: Outcome) -> None:
+        """The last words: a few lines for a person, and one JSON line with --json."""
+        if report.rows_total is not None or report.done:
+            for line in summary_lines(report, output):
+                self.note(line)
+        data: dict[str, Any] = {"output": output, "exit_code": outcome.exit_code, "error": outcome.reason}
+        text = json.dumps({**data, **report.to_dict()})
+        if as_json:
+            say(text)
+        self.log(text)
+
+    def progress(self, report: Report) -> Progress:
+        return Progress(report, self, enabled=not self._quiet)
+
+
+class Progress:
+    """A thread that shows how far a Report is, while the `with` block runs."""
+
+    def __init__(self, report: Report, messages: Messages, *, enabled: bool) -> None:
+        self._report, self._messages, self._enabled = report, messages, enabled
+        self._terminal = sys.stderr.isatty()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="mmcli-progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self._enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._enabled:
+            self._thread.join()
+
+    def _show(self) -> None:
+        if self._terminal:
+            self._show_bar()
+            return
+        while not self._stop.wait(PLAIN_S):
+            self._messages.note(progress_line(self._report))
+
+    def _show_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        # The text comes from numbers only, but markup stays off: nothing here may be read as such.
+        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("loading the model", total=self._report.rows_total)
+            while not self._stop.wait(TERMINAL_S):
+                done = self._report.done + self._report.resumed
+                text = progress_line(self._report) if done else "loading the model"
+                bar.update(task, completed=done, description=text)
+
+
+def progress_line(report: Report) -> str:
+    """`1,200 of 10,000 rows · 240/s · 3 errors · ETA 0:36 · decode 40 % forward 55 % write 1 %`"""
+    done = report.done + report.resumed
+    total = report.rows_total
+    rate = report.done / max(report.wall_s, 1e-9)
+    parts = [f"{done:,} of {total:,} rows" if total is not None else f"{done:,} rows", f"{_rate(rate)}/s"]
+    if report.error_rows:
+        parts.append(f"{report.error_rows:,} errors")
+    if total is not None and rate > 0:
+        parts.append(f"ETA {_duration((total - done) / rate)}")
+    return " · ".join([*parts, _split(report)])
+
+
+def summary_lines(report: Report, output: str) -> list[str]:
+    """A few lines: what was done, how fast, what limited it, which errors."""
+    rows = report.done + report.resumed
+    facts = [f"{rows:,} rows", f"{rows - report.error_rows:,} ok"]
+    if report.error_rows:
+        codes = ", ".join(f"{n:,} {code}" for code, n in report.errors.most_common())
+        facts.append(f"{report.error_rows:,} errors ({codes})")
+    if report.resumed:
+        facts.append(f"{report.resumed:,} of them from the interrupted run")
+    if report.reused:
+        facts.append(f"{report.reused:,} reused")
+    rate = report.done / max(report.wall_s, 1e-9)
+    lines = [
+        f"{output}: {', '.join(facts)}",
+        f"{_duration(report.wall_s)}, {_rate(rate)} rows/s · {_split(report)}",
+    ]
+    if limit := report.limited_by():
+        lines[-1] += f" · limited by {limit}"
+    return lines
+
+
+def _split(report: Report) -> str:
+    """Shares of the wall time; decode is per worker, and stages overlap."""
+    wall = max(report.wall_s - report.seconds["load"], 1e-9)
+    workers = max(report.num_workers, 1)
+    decode = (report.seconds["decode"] + report.seconds["process"]) / workers
+    model = report.seconds["collate"] + report.seconds["forward"]
+    shares = {"decode": decode, "model": model, "write": report.seconds["write"] + report.seconds["finalise"]}
+    return "busy: " + " ".join(f"{name} {min(100, round(100 * s / wall))} %" for name, s in shares.items())
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

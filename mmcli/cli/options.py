@@ -1,0 +1,252 @@
+"""The options that commands share, each written once.
+
+A group of options is a dataclass whose annotations are typer options; `@with_options` gives a function one
+parameter per group, and typer all of the groups' options. Every option is also the environment variable
+MMCLI_<NAME> and a key of the --config file. Values other than flags are strings here: they are parsed where all
+problems of a command are collected, so that the user sees them together.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+INPUTS, MODEL, EMBEDDING, OUTPUT, RUN, MESSAGES = "Inputs", "Model", "Embedding", "Output", "Run", "Messages"
+
+
+def _option(panel: str, names: str, metavar: str | None, help: str, **more: Any) -> Any:
+    """`names`: as in "-m --model". `metavar`: None for a flag."""
+    declared = names.split()
+    long = next(n for n in declared if n.startswith("--")).partition("/")[0]
+    variable = "MMCLI_" + long.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        *declared, metavar=metavar, help=help, rich_help_panel=panel, envvar=variable, show_envvar=False, **more
+    )
+
+
+INPUT_HELP = "Folders, files, 'quoted/*.globs', manifests (.parquet .jsonl .csv .tsv), or - for paths on stdin."
+
+
+@dataclass(frozen=True)
+class InputArguments:
+    """What to read."""
+
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", help=INPUT_HELP, show_default=False)] = (
+        None
+    )
+    glob: Annotated[
+        list[str] | None,
+        _option(INPUTS, "--glob", "PATTERN", "Only files of a folder that match, e.g. '*.jpg'. Repeatable."),
+    ] = None
+    hidden: Annotated[bool, _option(INPUTS, "--hidden", None, "Hidden files and folders too.")] = False
+    follow_symlinks: Annotated[
+        bool, _option(INPUTS, "--follow-symlinks/--no-follow-symlinks", None, "Follow symbolic links in folders.")
+    ] = True
+    null: Annotated[bool, _option(INPUTS, "-0 --null", None, "Paths on stdin end with NUL (find -print0).")] = False
+    input_format: Annotated[
+        str | None,
+        _option(
+            INPUTS,
+            "--input-format",
+            "FORMAT",
+            "Read inputs as parquet, jsonl, csv, tsv or paths (a list) [by name].",
+        ),
+    ] = None
+    image_column: Annotated[
+        str | None, _option(INPUTS, "--image-column", "COLUMN", "Manifest column with pictures (path or bytes).")
+    ] = None
+    audio_column: Annotated[
+        str | None, _option(INPUTS, "--audio-column", "COLUMN", "Manifest column with sounds (path or bytes).")
+    ] = None
+    video_column: Annotated[
+        str | None, _option(INPUTS, "--video-column", "COLUMN", "Manifest column with clips (path or bytes).")
+    ] = None
+    text_column: Annotated[str | None, _option(INPUTS, "--text-column", "COLUMN", "Manifest column with text.")] = (
+        None
+    )
+    path_column: Annotated[
+        str | None, _option(INPUTS, "--path-column", "COLUMN", "Manifest column with paths of any kind of media.")
+    ] = None
+    id_column: Annotated[
+        str | None, _option(INPUTS, "--id-column", "COLUMN", "Manifest column to use as id [manifest#row].")
+    ] = None
+    keep: Annotated[
+        list[str] | None, _option(INPUTS, "--keep", "A,B", "Manifest columns to pass through to the output.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Which model, and how it runs."""
+
+    model: Annotated[str | None, _option(MODEL, "-m --model", "MODEL", "Hub id or local directory. Required.")] = (
+        None
+    )
+    revision: Annotated[str | None, _option(MODEL, "--revision", "REV", "Branch, tag or commit on the hub.")] = None
+    device: Annotated[str, _option(MODEL, "--device", "DEVICE", "auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    dtype: Annotated[
+        str, _option(MODEL, "--dtype", "DTYPE", "Precision of the model: auto, float32, bfloat16 or float16.")
+    ] = "auto"
+    attn_implementation: Annotated[
+        str | None,
+        _option(MODEL, "--attn-implementation", "NAME", "eager, sdpa, flash_attention_2, ... [the model's]"),
+    ] = None
+    compile: Annotated[bool, _option(MODEL, "--compile", None, "torch.compile the model.")] = False
+    offline: Annotated[
+        bool, _option(MODEL, "--offline", None, "Never ask the hub; only local directories and its cache.")
+    ] = False
+    trust_remote_code: Annotated[
+        bool, _option(MODEL, "--trust-remote-code", None, "Run Python code that comes with the model.")
+    ] = False
+    allow_pickle: Annotated[
+        bool, _option(MODEL, "--allow-pickle", None, "Load weights that are not safetensors (can run code).")
+    ] = False
+
+
+@dataclass(frozen=True)
+class EmbeddingArguments:
+    """What the vectors are."""
+
+    normalize: Annotated[
+        bool | None,
+        _option(
+            EMBEDDING,
+            "--normalize/--no-normalize",
+            None,
+            "Vectors of unit length, or as they come [as the model does].",
+        ),
+    ] = None
+    pooling: Annotated[
+        str | None,
+        _option(EMBEDDING, "--pooling", "NAME", "Tokens to one vector: cls, mean, max or pooler [the model's]."),
+    ] = None
+    embedding_dtype: Annotated[
+        str, _option(EMBEDDING, "--embedding-dtype", "DTYPE", "How vectors are stored: float32 or float16.")
+    ] = "float32"
+    frames: Annotated[
+        str,
+        _option(EMBEDDING, "--frames", "N", "Frames per clip, uniform in time, where the model leaves it open."),
+    ] = "8"
+    exact_decode: Annotated[
+        bool, _option(EMBEDDING, "--exact-decode", None, "Decode large JPEGs at full size.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class OutputArguments:
+    """Where rows go."""
+
+    output: Annotated[
+        str, _option(OUTPUT, "-o --output", "OUT", "A file, a folder (ends with /), or - for JSONL on stdout.")
+    ] = "-"
+    format: Annotated[
+        str | None,
+        _option(OUTPUT, "-f --format", "FORMAT", "parquet, jsonl or npy (clip-retrieval) [by the name of OUT]."),
+    ] = None
+    overwrite: Annotated[bool, _option(OUTPUT, "--overwrite", None, "Replace OUT and start anew.")] = False
+    update: Annotated[
+        bool,
+        _option(OUTPUT, "--update", None, "Bring OUT up to date: compute new, changed and failed inputs only."),
+    ] = False
+    retry_errors: Annotated[
+        bool, _option(OUTPUT, "--retry-errors", None, "Compute only the error rows of OUT again.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """How to run; none of these changes a row (but the seed)."""
+
+    batch_size: Annotated[str, _option(RUN, "--batch-size", "N", "Inputs per forward pass.")] = "auto"
+    num_workers: Annotated[
+        str, _option(RUN, "--num-workers", "N", "Decode processes; 0: none, and no protection from crashes.")
+    ] = "auto"
+    timeout: Annotated[
+        str, _option(RUN, "--timeout", "TIME", "An input that takes longer to decode is an error row.")
+    ] = "120s"
+    time_limit: Annotated[
+        str | None, _option(RUN, "--time-limit", "TIME", "Stop after 90s, 30m or 8h, keep what is done, exit 75.")
+    ] = None
+    on_error: Annotated[
+        str, _option(RUN, "--on-error", "WHAT", "record: an error is a row; fail: it ends the run.")
+    ] = "record"
+    max_errors: Annotated[
+        str | None, _option(RUN, "--max-errors", "N or P%", "More error rows than that end the run, exit 4.")
+    ] = None
+    fail_on_empty: Annotated[bool, _option(RUN, "--fail-on-empty", None, "Exit 5 when there are no inputs.")] = (
+        False
+    )
+    seed: Annotated[str, _option(RUN, "--seed", "N", "Seed of whatever is random.")] = "0"
+    part_rows: Annotated[str, _option(RUN, "--part-rows", "N", "Commit after so many rows at the latest.")] = (
+        "50000"
+    )
+    part_seconds: Annotated[str, _option(RUN, "--part-seconds", "TIME", "Commit after so long at the latest.")] = (
+        "30s"
+    )
+
+
+def _read_config(context: typer.Context, value: Path | None) -> Path | None:
+    if value is not None:
+        from mmcli.cli.config import load_config
+
+        context.default_map = load_config(value, context)
+    return value
+
+
+@dataclass(frozen=True)
+class MessageArguments:
+    """What is said on stderr."""
+
+    quiet: Annotated[bool, _option(MESSAGES, "-q --quiet", None, "Errors only.")] = False
+    json: Annotated[bool, _option(MESSAGES, "--json", None, "End with one JSON line on stderr.")] = False
+    log_file: Annotated[
+        Path | None, _option(MESSAGES, "--log-file", "FILE", "Append the messages to FILE too.")
+    ] = None
+    debug: Annotated[bool, _option(MESSAGES, "--debug", None, "Show tracebacks, and what libraries say.")] = False
+    config: Annotated[
+        Path | None,
+        _option(
+            MESSAGES,
+            "--config",
+            "FILE.toml",
+            "Read options from a TOML file; the command line wins.",
+            is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None
+
+
+def with_options(function: Callable[..., int]) -> Callable[..., int]:
+    """Give typer a flat signature: the options of every parameter that is annotated with a group above."""
+    groups = {n: t for n, t in get_type_hints(function).items() if n != "return"}
+    parameters = [p for group in groups.values() for p in _parameters(group)]
+    # Parameters with a default come last in a Python signature.
+    parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
+
+    @functools.wraps(function)
+    def command(**values: Any) -> int:
+        made = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
+        return function(**made)
+
+    command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _parameters(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+            annotation=hints[f.name],
+        )
+        for f in fields(group)
+    ]

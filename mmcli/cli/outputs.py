@@ -1,0 +1,67 @@
+"""A run whose rows go to a file or a folder: list, find out what is there, compute the rest, finalise."""
+
+from __future__ import annotations
+
+from mmcli import __version__
+from mmcli.cli.compose import Prepared
+from mmcli.cli.run import Target, announce, check_budget, list_inputs, run_engine
+from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
+from mmcli.core.protocols import Snapshot
+from mmcli.engines.table import Layout
+from mmcli.sinks.commit import Mode, Staging
+from mmcli.sinks.formats import format_for
+from mmcli.sinks.outputs import RunSpec
+
+GO_ON = "run the same command again to go on"
+
+
+def run_to_output(prepared: Prepared) -> int:
+    """Bring the output of a checked command to completion. Returns OK or ROW_ERRORS; raises MmcliError."""
+    output = prepared.arguments.output
+    format_name = format_for(output.output, output.format)
+    with Staging(output.output, format_name) as staging:
+        snapshot = list_inputs(prepared, staging.folder)
+        announce(prepared, snapshot)
+        layout = Layout.of(prepared.planned.task, prepared.source)
+        spec = RunSpec(prepared.job(snapshot), layout.schema, format_name, {"mmcli_version": __version__})
+        mode = _mode(prepared)
+        staging.open(spec, mode)
+        _resume(prepared, staging)
+        if staging.complete:
+            prepared.messages.note(f"{output.output} is complete already; nothing to compute")
+        else:
+            _compute(prepared, snapshot, staging, [f.name for f in layout.task_fields])
+    return ExitCode.ROW_ERRORS if prepared.report.error_rows else ExitCode.OK
+
+
+def _mode(prepared: Prepared) -> Mode:
+    output = prepared.arguments.output
+    if output.overwrite:
+        return "overwrite"
+    return "update" if output.update or output.retry_errors else "new"
+
+
+def _resume(prepared: Prepared, staging: Staging) -> None:
+    """Count what earlier runs have committed, its errors included."""
+    report = prepared.report
+    report.errors.update(staging.errors)
+    report.resumed = report.committed = (report.rows_total or 0) if staging.complete else staging.next_row
+    if staging.next_row and not staging.complete:
+        prepared.messages.note(f"{staging.next_row:,} rows are there from an interrupted run; going on")
+    check_budget(prepared)
+
+
+def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, columns: list[str]) -> None:
+    target = Target(staging, staging.next_row, staging.previous(columns), want_signatures=True)
+    out = prepared.arguments.output.output
+    try:
+        run_engine(prepared, snapshot, target)
+        with prepared.report.timed("finalise"):
+            staging.finalise(snapshot.rows, snapshot.notes)
+    except (Stopped, TryAgain) as stop:
+        stop.message = f"{stop.message}; {staging.next_row:,} of {snapshot.rows:,} rows are safe"
+        stop.hint = GO_ON
+        raise
+    except ErrorBudgetExceeded as error:
+        error.hint = f"mmcli inspect {out} --errors 10, to see why; with a larger budget the same command goes on"
+        raise

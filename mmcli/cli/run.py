@@ -1,0 +1,173 @@
+"""Run a checked command: list the inputs, compute, say how it ended."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmcli.cli import parse
+from mmcli.cli.boundary import guard
+from mmcli.cli.compose import Arguments, Planner, Prepared, prepare
+from mmcli.cli.environment import prepare_environment
+from mmcli.cli.messages import Messages
+from mmcli.cli.signals import Signals
+from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, NothingToDo, OutputError, TryAgain
+from mmcli.core.protocols import Decoder, Snapshot
+from mmcli.core.report import Report
+
+# What a forward pass takes when --batch-size is auto. On two CPU cores 8 to 64 are equally fast; a GPU wants more.
+AUTO_BATCH_CPU, AUTO_BATCH_GPU = 32, 256
+MAX_AUTO_WORKERS = 32
+
+
+def execute(arguments: Arguments, planner: Planner) -> int:
+    """Check the whole command, then run it. Says how it ended, and returns the exit code."""
+    options = arguments.messages
+    prepare_environment(offline=arguments.model.offline, debug=options.debug, log_file=options.log_file)
+    messages = Messages(quiet=options.quiet, log_file=options.log_file)
+    report = Report()
+    signals = Signals()
+    with signals.catching():
+        outcome = guard(lambda: _execute(arguments, planner, messages, report, signals), debug=options.debug)
+    messages.summary(report, arguments.output.output, as_json=options.json, outcome=outcome)
+    return outcome.exit_code
+
+
+def _execute(arguments: Arguments, planner: Planner, messages: Messages, report: Report, signals: Signals) -> int:
+    prepared = prepare(arguments, planner, messages, report, signals)
+    if arguments.output.output == "-":
+        return _run_to_stdout(prepared)
+    from mmcli.cli.outputs import run_to_output
+
+    return run_to_output(prepared)
+
+
+def _run_to_stdout(prepared: Prepared) -> int:
+    from mmcli.sinks.stream import StreamOutput
+
+    if sys.stdout is None:
+        raise OutputError("stdout is closed", hint="give a file instead: -o out.parquet")
+    with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:
+        snapshot = list_inputs(prepared, Path(folder))
+        announce(prepared, snapshot)
+        try:
+            run_engine(prepared, snapshot, Target(StreamOutput(sys.stdout.buffer)))
+        except (ErrorBudgetExceeded, TryAgain) as error:
+            # A stream cannot be resumed.
+            error.hint = None
+            raise
+    return ExitCode.ROW_ERRORS if prepared.report.error_rows else ExitCode.OK
+
+
+@dataclass(slots=True)
+class Target:
+    """Where the engine's rows go, and what an earlier run has left: see engines.local.Work."""
+
+    output: Any
+    start_row: int = 0
+    previous: Any = None
+    want_signatures: bool = False
+
+
+def list_inputs(prepared: Prepared, folder: Path) -> Snapshot:
+    """The snapshot of the inputs, in `folder`."""
+    with prepared.report.timed("list"):
+        snapshot = prepared.source.snapshot(folder)
+    prepared.report.rows_total = snapshot.rows
+    return snapshot
+
+
+def announce(prepared: Prepared, snapshot: Snapshot) -> None:
+    """Say what the listing found; raises NothingToDo with --fail-on-empty."""
+    for note in snapshot.notes:
+        prepared.messages.note(note)
+    prepared.report.notes += snapshot.notes
+    if snapshot.rows == 0:
+        text = "no inputs found in " + " ".join(prepared.arguments.inputs.inputs or ())
+        if prepared.arguments.run.fail_on_empty:
+            raise NothingToDo(text)
+        prepared.messages.note(text)
+
+
+def check_budget(prepared: Prepared) -> None:
+    """Raise ErrorBudgetExceeded when what is there already holds too many error rows."""
+    from mmcli.engines.local import ErrorBudget
+
+    if ErrorBudget(*prepared.limits.max_errors).exceeded(prepared.report):
+        raise _over_budget(prepared)
+
+
+def _over_budget(prepared: Prepared) -> ErrorBudgetExceeded:
+    report, run = prepared.report, prepared.arguments.run
+    codes = ", ".join(f"{n:,} {code}" for code, n in report.errors.most_common())
+    allowed = "--on-error fail allows none" if run.on_error == "fail" else f"--max-errors allows {run.max_errors}"
+    return ErrorBudgetExceeded(f"{report.error_rows:,} error rows ({codes}); {allowed}")
+
+
+def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
+    """Compute the rows that are missing. Raises MmcliError."""
+    if snapshot.rows is not None and target.start_row >= snapshot.rows:
+        return
+    from mmcli.engines.local import ErrorBudget, LocalOptions, StopFlag, Work, run
+    from mmcli.engines.writer import PartLimits
+
+    limits = prepared.limits
+    batch_size = limits.batch_size or _auto_batch_size(prepared)
+    options = LocalOptions(
+        batch_size=batch_size,
+        window=_window(batch_size, snapshot),
+        time_limit_s=limits.time_limit_s,
+        budget=ErrorBudget(*limits.max_errors),
+        parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),
+    )
+    stop = StopFlag()
+    work = Work(
+        source=prepared.source,
+        decoder=_decoder(prepared, snapshot),
+        plan=prepared.planned.plan,
+        task=prepared.planned.task,
+        report=prepared.report,
+        stop=stop,
+        output=target.output,
+        start_row=target.start_row,
+        previous=target.previous,
+        want_signatures=target.want_signatures,
+    )
+    try:
+        with prepared.signals.asking(stop.request), prepared.messages.progress(prepared.report):
+            run(work, options)
+    except ErrorBudgetExceeded as error:
+        raise _over_budget(prepared) from error
+
+
+def _auto_batch_size(prepared: Prepared) -> int:
+    device = prepared.arguments.model.device
+    if (prepared.arguments.model.model or "").startswith("fake:"):
+        device = "cpu"
+    if device == "auto":
+        from mmcli.models.device import choose_device
+
+        device = choose_device(device)[0]
+    return AUTO_BATCH_GPU if device.startswith("cuda") else AUTO_BATCH_CPU
+
+
+def _window(batch_size: int, snapshot: Snapshot) -> int:
+    from mmcli.engines.batching import window_rows
+
+    fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"}
+    return window_rows(batch_size, lengths_vary=not fixed)
+
+
+def _decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
+    from mmcli.media.pool import DecodePool, InlineDecoder
+
+    plan = prepared.planned.plan
+    wanted = prepared.limits.num_workers
+    if wanted is None:
+        wanted = max(1, min(MAX_AUTO_WORKERS, parse.available_cores(), snapshot.rows or MAX_AUTO_WORKERS))
+    if wanted == 0:
+        return InlineDecoder(plan, plan.decode)
+    return DecodePool(plan, plan.decode, wanted, prepared.limits.timeout_s)

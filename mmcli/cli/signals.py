@@ -1,0 +1,57 @@
+"""SIGINT and SIGTERM: the first asks the run to stop, a second one exits at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mmcli.cli.boundary import say
+from mmcli.core.errors import ExitCode, Stopped
+
+CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+
+
+class Signals:
+    """Handles both while `catching`. Listing and finalising end at once, by Stopped; the engine is asked."""
+
+    def __init__(self) -> None:
+        self._asked: ExitCode | None = None
+        self._ask_engine: Callable[[ExitCode], None] | None = None
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in CODES}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def asking(self, request: Callable[[ExitCode], None]) -> Iterator[None]:
+        """Within the block the first signal calls `request(exit code)`; raises Stopped at its end when one came."""
+        self._ask_engine = request
+        try:
+            yield
+        finally:
+            self._ask_engine = None
+        if self._asked is not None:
+            raise stopped(self._asked)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        code = CODES[signal.Signals(number)]
+        if self._asked is not None:
+            os._exit(code)
+        self._asked = code
+        if self._ask_engine is None:
+            raise stopped(code)
+        self._ask_engine(code)
+        if code == ExitCode.INTERRUPTED:
+            say("\nmmcli: stopping; what is done is being kept. Ctrl-C again exits at once")
+
+
+def stopped(code: ExitCode) -> Stopped:
+    return Stopped("interrupted" if code == ExitCode.INTERRUPTED else "terminated", code)
