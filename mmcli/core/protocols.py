@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Payload, Record, Result, Sample
 
@@ -64,7 +64,11 @@ class Decoder(Protocol):
     num_workers: int
 
     def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
-        """Decode `blocks`, yielding answers as they come, in any order; reads none while `may_read` is false."""
+        """Decode `blocks`, yielding answers as they come, in any order; reads none while `may_read` is false.
+
+        An empty block says that there is nothing to decode at the moment: it is asked again soon. An answer
+        without records is a sign of life: the caller may stop iterating, and then close, at each answer.
+        """
         ...
 
     def close(self) -> None:
@@ -103,17 +107,32 @@ class ModelPlan(Protocol):
 
 
 class Runner(Protocol):
-    """A loaded model on a device."""
+    """A loaded model on a device.
+
+    `collate` runs in a thread of its own, one or two batches ahead of `forward`; two calls never overlap.
+    """
 
     def collate(self, samples: Sequence[Sample]) -> Any:
         """Samples of one (modality, group) -> a Batch on the host: padded, stacked, pinned where it helps."""
         ...
 
-    def forward(self, batch: Any) -> np.ndarray:
+    def forward(self, batch: Any) -> np.ndarray | Pending:
         """Batch -> float32 [n, D], one row per sample, in order.
+
+        On a device that computes while the host goes on, returns the Pending outputs at once: the engine then
+        starts the next batch before it waits for this one. What the batch holds must not be kept after a failure.
 
         Raises torch.OutOfMemoryError or MemoryError, which the engine answers by halving the batch.
         """
+        ...
+
+
+@runtime_checkable
+class Pending(Protocol):
+    """Outputs that a device is still computing."""
+
+    def result(self) -> np.ndarray:
+        """Wait for them: float32 [n, D]. Raises as `Runner.forward` does."""
         ...
 
 

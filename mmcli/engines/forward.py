@@ -2,68 +2,183 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mmcli.core.errors import MmcliError, ModelError, RowError
-from mmcli.core.protocols import Runner
-from mmcli.core.records import Sample
+from mmcli.core.protocols import Pending, Runner
+from mmcli.core.records import Modality, Sample
 from mmcli.core.report import Report
+from mmcli.engines.batching import cut
 
 Output = Any | RowError
 
+# After so many failed inputs in a row the model has to show that it still works. A CUDA error, for one, makes
+# all that follows fail: without this a broken device would turn the rest of the inputs into error rows.
+PROBE_AFTER = 8
+# A model that has never worked: so many inputs may fail before it is the model. More than a few, since windows
+# are sorted by length, and the longest inputs may be the only ones that it cannot take.
+UNPROVEN_FAILURES = 256
+
+
+@dataclass(slots=True)
+class Collated:
+    """Samples and their batch on the host, or why there is none."""
+
+    samples: Sequence[Sample]
+    batch: Any = None
+    failure: RowError | None = None
+
+
+@dataclass(slots=True)
+class Launched:
+    """Samples and what `Runner.forward` returned, or why there is nothing; neither: too large, not tried."""
+
+    samples: Sequence[Sample]
+    outputs: Any = None
+    failure: RowError | None = None
+
+    @property
+    def pending(self) -> bool:
+        return isinstance(self.outputs, Pending)
+
 
 class Forward:
-    """Calls a Runner, and isolates the one sample that it fails on.
+    """Calls a Runner, and isolates the inputs that it fails on.
 
-    After running out of memory, batches stay at the size that last fitted.
+    After running out of memory, batches of that modality stay at the size that fitted: their cost, times the
+    length of the longest sample, so that one long sound does not make batches of short ones small. Samples come
+    longest first. `collate` may be called from another thread; everything else belongs to one thread.
+
+    failures  inputs that have failed since the model last worked: until it works again, or `settle` returns,
+              it is not known whether they or the model are at fault
     """
 
-    def __init__(self, runner: Runner, report: Report) -> None:
-        self._runner, self._report = runner, report
-        self._limit: int | None = None
-        self._succeeded = False
+    def __init__(self, runner: Runner, report: Report, batch_size: int) -> None:
+        self._runner, self._report, self._batch_size = runner, report, batch_size
+        self._limits: dict[Modality, int] = {}
+        self._collating = threading.Lock()
+        self._good: Sample | None = None
+        self.failures = 0
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Output]:
-        """One output or RowError per sample, in order.
+    def max_cost(self, longest: Sample) -> int:
+        """What a batch that begins with this sample may cost (see Sample.cost)."""
+        limit = self._limits.get(longest.modality)
+        return self._batch_size if limit is None else min(self._batch_size, limit // max(1, longest.length))
 
-        Raises ModelError when the model gives another number of outputs, or fails before it ever worked.
-        """
-        size = min(len(samples), self._limit or len(samples))
-        outputs: list[Output] = []
-        for start in range(0, len(samples), size):
-            outputs += self._attempt(samples[start : start + size])
-        return outputs
-
-    def _attempt(self, samples: Sequence[Sample]) -> list[Output]:
+    def collate(self, samples: Sequence[Sample]) -> Collated:
+        """The batch of `samples`. An input that cannot be collated is found out by `finish`."""
         try:
-            return self._run(samples)
+            with self._collating, self._report.timed("collate"):
+                return Collated(samples, self._runner.collate(samples))
         except MmcliError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a model raises on one sample costs that row
             failure = _failure(error)
+        return Collated(samples, failure=failure)
+
+    def launch(self, collated: Collated) -> Launched:
+        """Start the forward pass; `collated` gives up its batch, so that nothing else keeps its memory."""
+        samples, batch = collated.samples, collated.batch
+        collated.batch = None
+        if collated.failure is not None:
+            return Launched(samples, failure=collated.failure)
+        if cut(samples, self.max_cost(samples[0])) < len(samples):
+            return Launched(samples)
+        try:
+            with self._report.timed("forward"):
+                return Launched(samples, self._runner.forward(batch))
+        except MmcliError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            failure = _failure(error)
         # Outside the except block: the traceback would keep the failed batch's tensors alive.
+        return Launched(samples, failure=failure)
+
+    def finish(self, launched: Launched) -> list[Output]:
+        """Wait for the outputs: one output or RowError per sample, in order.
+
+        Raises ModelError when the model gives another number of outputs, never worked, or stopped working.
+        """
+        samples, failure = launched.samples, launched.failure
+        if failure is None and launched.outputs is None:
+            return self._in_pieces(samples)
+        if failure is None:
+            try:
+                outputs = self._fetch(launched)
+            except MmcliError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
+                failure = _failure(error)
+            else:
+                self.failures = 0
+                self._good = self._good or samples[0]
+                return outputs
+        return self._failed(samples, failure)
+
+    def settle(self) -> None:
+        """Find out whether the latest failures are the inputs' fault. Raises ModelError when they are not."""
+        if self.failures and self._good is not None:
+            self._probe()
+        elif self.failures and self._last.code != "oom":
+            raise ModelError(f"the model failed on all its inputs: {self._last.message}")
+        self.failures = 0
+
+    def _fetch(self, launched: Launched) -> list[Output]:
+        outputs = launched.outputs
+        with self._report.timed("forward"):
+            rows = outputs.result() if isinstance(outputs, Pending) else outputs
+        launched.outputs = None
+        if len(rows) != len(launched.samples):
+            raise ModelError(f"the model gave {len(rows)} outputs for {len(launched.samples)} inputs")
+        self._report.batches += 1
+        return list(rows)
+
+    def _failed(self, samples: Sequence[Sample], failure: RowError) -> list[Output]:
         if failure.code == "oom":
             self._report.oom_halvings += 1
-            if len(samples) > 1:
-                self._limit = len(samples) // 2
-        if len(samples) > 1:
-            middle = len(samples) // 2
-            return self._attempt(samples[:middle]) + self._attempt(samples[middle:])
-        if not self._succeeded and failure.code != "oom":
-            raise ModelError(f"the model failed on its first inputs: {failure.message}")
-        return [failure]
+        if len(samples) == 1:
+            return [self._failed_alone(failure)]
+        if failure.code == "oom":
+            cost = max(1, sum(s.cost for s in samples) // 2)
+            self._limits[samples[0].modality] = cost * max(1, samples[0].length)
+            return self._in_pieces(samples)
+        middle = len(samples) // 2
+        return self._again(samples[:middle]) + self._again(samples[middle:])
 
-    def _run(self, samples: Sequence[Sample]) -> list[Output]:
-        with self._report.timed("collate"):
-            batch = self._runner.collate(samples)
-        with self._report.timed("forward"):
-            outputs = self._runner.forward(batch)
-        if len(outputs) != len(samples):
-            raise ModelError(f"the model gave {len(outputs)} outputs for {len(samples)} inputs")
-        self._succeeded = True
-        self._report.batches += 1
-        return list(outputs)
+    def _in_pieces(self, samples: Sequence[Sample]) -> list[Output]:
+        outputs: list[Output] = []
+        while rest := samples[len(outputs) :]:
+            # Asked each time: a piece may lower the limit for the next ones.
+            outputs += self._again(rest[: cut(rest, self.max_cost(rest[0]))])
+        return outputs
+
+    def _again(self, samples: Sequence[Sample]) -> list[Output]:
+        return self.finish(self.launch(self.collate(samples)))
+
+    def _failed_alone(self, failure: RowError) -> RowError:
+        self.failures += 1
+        self._last = failure
+        if self._good is None and self.failures >= UNPROVEN_FAILURES:
+            raise ModelError(f"the model failed on its first {self.failures} inputs: {failure.message}")
+        if self._good is not None and self.failures % PROBE_AFTER == 0:
+            self.settle()
+        return failure
+
+    def _probe(self) -> None:
+        """Compute once more what has worked before."""
+        assert self._good is not None
+        try:
+            outputs = self._runner.forward(self._runner.collate([self._good]))
+            if isinstance(outputs, Pending):
+                outputs.result()
+        except Exception as error:
+            raise ModelError(
+                f"the model has stopped working: {_failure(error).message}",
+                hint="run the same command again: it goes on after the last committed row",
+            ) from error
 
 
 def _failure(error: Exception) -> RowError:

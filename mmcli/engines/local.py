@@ -1,35 +1,36 @@
-"""The local engine: one process with a model, decode workers beside it, a writer thread behind it.
+"""The local engine: one process with a model, decode workers beside it.
 
-supervisor thread: Source -> Records -> decode workers -> decoded queue
-main thread:       decoded queue -> windows in row order -> batches -> Runner -> Results
-writer thread:     Results -> parts
+supervisor thread: Source -> Records -> decode workers -> rows that have arrived       (engines.intake)
+collate thread:    rows in order -> windows -> batches on the host, two ahead
+main thread:       batches -> Runner                                                   (engines.forward)
+writer thread:     finished windows -> Results -> parts                                (engines.writer)
 """
 
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, RowError, Stopped, TryAgain
-from mmcli.core.extensions import guess_modality
+from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
 from mmcli.core.protocols import Decoder, ModelPlan, Output, Previous, Source, Task
-from mmcli.core.records import Decoded, Record, Result, Sample
 from mmcli.core.report import Report
-from mmcli.core.signature import signature
-from mmcli.engines.batching import Slot, batches
-from mmcli.engines.forward import Forward
+from mmcli.engines.batching import Arrived, Slot, Window, Windows, batches
+from mmcli.engines.forward import Collated, Forward, Launched
+from mmcli.engines.intake import BLOCK_ROWS, Intake, Reuse
 from mmcli.engines.table import Layout
 from mmcli.engines.writer import PartLimits, PartWriter
 
-# A block is what one worker is given at a time: at most this many records or encoded bytes. 64 tiny
-# pictures amortise a message (about 0.1 ms); one large video does not wait behind others.
-BLOCK_ROWS = 64
-BLOCK_BYTES = 2 * 1024 * 1024
-# Looked up together in a previous output.
-LOOKUP_ROWS = 1024
+# Batches that wait for the device: one would do if collating always took the same time.
+READY_BATCHES = 2
+# Where rows are wanted at once: when nothing has come for so long, what is there is computed.
+IDLE_S = 0.05
+# Windows that wait until it is known whether their failed inputs or the model is at fault.
+MAX_HELD = 32
 
 
 @dataclass(slots=True)
@@ -49,15 +50,20 @@ class ErrorBudget:
     count: int | None = None
     percent: float | None = None
 
-    def exceeded(self, report: Report) -> bool:
+    def check(self, report: Report) -> None:
+        """Raise ErrorBudgetExceeded when there are more."""
         errors = report.error_rows
-        if self.count is not None:
-            return errors > self.count
+        # Without a total, a share of less than 100 rows would be noise.
+        total = report.rows_total or max(100, report.done)
+        allowed = self.count
         if self.percent is not None:
-            # Without a total, a share of less than 100 rows would be noise.
-            total = report.rows_total or max(100, report.done)
-            return errors > total * self.percent / 100
-        return False
+            allowed = int(total * self.percent / 100)
+        if allowed is not None and errors > allowed:
+            codes = ", ".join(f"{n} {c}" for c, n in report.errors.most_common())
+            raise ErrorBudgetExceeded(
+                f"{errors} error rows ({codes}) are more than --max-errors allows",
+                hint="see error_message in the output; then raise --max-errors and run the same command again",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,209 +102,175 @@ def run(work: Work, options: LocalOptions) -> None:
     """Compute all rows from `work.start_row` on and commit them in order.
 
     Raises ErrorBudgetExceeded, Stopped, TryAgain (time limit), ModelError or OutputError; in each case the
-    rows that were complete are committed.
+    rows that were complete are committed, except those that a failing model may have turned into errors.
     """
-    _Run(work, options).run()
+    before = sys.getswitchinterval()
+    # The main thread feeds the device: with the usual 5 ms it would wait that long for the lock each time.
+    sys.setswitchinterval(0.0005)
+    try:
+        _Run(work, options).run()
+    finally:
+        sys.setswitchinterval(before)
 
 
-_Row = tuple[Record, tuple[Sample | RowError, ...]]
+@dataclass(slots=True)
+class _Ready:
+    """A batch of a window; the last one of a window may be no batch at all. `idle`: nothing else is on its way."""
+
+    window: Window
+    slots: list[Slot]
+    collated: Collated | None
+    last: bool
+    idle: bool
 
 
 class _Run:
     def __init__(self, work: Work, options: LocalOptions) -> None:
         self.work, self.options, self.report = work, options, work.report
-        self.layout = Layout.of(work.task, work.source)
         self.first = work.start_row - work.start_row % options.window
-        self.decoded: queue.Queue[Decoded | BaseException | None] = queue.Queue()
-        self.lock = threading.Lock()
-        self.in_flight = 0
-        # Two windows, so that one decodes while the other is in the model, and enough to keep workers busy.
-        self.max_in_flight = max(2 * options.window, (work.decoder.num_workers + 1) * 2 * BLOCK_ROWS)
+        # Two windows, so that one fills while the other is in the model; what waits in between; and enough to
+        # keep the decode workers busy.
+        ahead = 2 * options.window + (READY_BATCHES + 2) * options.batch_size
+        reuse = Reuse(work.previous, work.task, work.source.slots) if work.previous is not None else None
+        self.intake = Intake(
+            work.source,
+            work.decoder,
+            work.report,
+            self.first,
+            max_rows=max(ahead, (work.decoder.num_workers + 1) * 2 * BLOCK_ROWS),
+            reuse=reuse,
+            want_signatures=work.want_signatures,
+            live=work.output.immediate,
+        )
+        self.ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(READY_BATCHES)
+        self.held: list[Window] = []
+        self.ended = False
         self.closing = threading.Event()
-        self.restored: dict[int, Result] = {}
 
     def run(self) -> None:
-        report = self.report
-        report.num_workers = self.work.decoder.num_workers
-        supervisor = threading.Thread(target=self._supervise, name="mmcli-decode", daemon=True)
-        supervisor.start()
+        work, report = self.work, self.report
+        report.num_workers = work.decoder.num_workers
+        self.intake.start()
         writer: PartWriter | None = None
         try:
             with report.timed("load"):
-                forward = Forward(self.work.plan.load(), report)
-            writer = PartWriter(self.work.output, self.layout, self.options.parts, report)
-            for window in self._windows():
-                results = self._compute(window, forward)
-                writer.put([r for r in results if r.record.row >= self.work.start_row])
-                self._account(results)
-                self._check_limits()
+                forward = Forward(work.plan.load(), report, self.options.batch_size)
+            layout = Layout.of(work.task, work.source)
+            writer = PartWriter(work.output, layout, self.options.parts, report, work.start_row)
+            threading.Thread(target=self._collate, args=(forward,), name="mmcli-collate", daemon=True).start()
+            self._compute(forward, writer)
         finally:
             self.closing.set()
             if writer is not None:
                 writer.close()
-            supervisor.join(timeout=5)
-            self.work.decoder.close()
+            self.intake.close()
+        self.options.budget.check(report)
 
-    # -- supervisor thread ---------------------------------------------------------------------------------
+    # -- collate thread ------------------------------------------------------------------------------------
 
-    def _supervise(self) -> None:
+    def _collate(self, forward: Forward) -> None:
         try:
-            for decoded in self.work.decoder.run(self._blocks(), self._may_read):
-                self.report.add("decode", decoded.decode_s)
-                self.report.add("process", decoded.process_s)
-                self.decoded.put(decoded)
-                if self.closing.is_set():
-                    return
-            self.decoded.put(None)
+            for rows, idle in self._windows():
+                window, slots = Window.of(rows)
+                waiting: list[Slot] = []
+                for batch in batches(slots, forward.max_cost):
+                    # Of a window that an earlier run has begun: only batches that still matter.
+                    if all(slot.row < self.work.start_row for slot in batch):
+                        continue
+                    if waiting:
+                        self._hand_on(forward, window, waiting, last=False, idle=False)
+                    waiting = batch
+                self._hand_on(forward, window, waiting, last=True, idle=idle)
+            self._put(None)
         except BaseException as failure:  # noqa: BLE001 - raised in the main thread
-            self.decoded.put(failure)
+            self._put(failure)
 
-    def _may_read(self) -> bool:
-        return self.in_flight < self.max_in_flight or self.closing.is_set()
+    def _hand_on(self, forward: Forward, window: Window, batch: list[Slot], last: bool, idle: bool) -> None:
+        collated = forward.collate([s.sample for s in batch]) if batch else None
+        self._put(_Ready(window, batch, collated, last, idle))
 
-    def _blocks(self) -> Iterator[list[Record]]:
-        """Records to decode, in blocks; those that need no decoding go straight to the decoded queue."""
-        block: list[Record] = []
-        size = 0
-        for record in self._records():
-            if self.closing.is_set():
+    def _put(self, item: _Ready | BaseException | None) -> None:
+        while not self.closing.is_set():
+            try:
+                self.ready.put(item, timeout=0.1)
                 return
-            weight = _encoded_bytes(record)
-            if block and (len(block) >= self._block_rows() or size + weight > BLOCK_BYTES):
-                yield block
-                block, size = [], 0
-            block.append(record)
-            size += weight
-        if block:
-            yield block
+            except queue.Full:
+                continue
 
-    def _block_rows(self) -> int:
-        # Small inputs: spread them over the workers rather than give all to the first.
-        share = (self.report.rows_total or BLOCK_ROWS * 64) // (4 * max(1, self.work.decoder.num_workers))
-        return max(1, min(BLOCK_ROWS, share))
-
-    def _records(self) -> Iterator[Record]:
-        records = self.work.source.records(self.first)
-        while chunk := self._chunk(records):
-            with self.lock:
-                self.in_flight += len(chunk)
-            if self.work.want_signatures:
-                for record in chunk:
-                    record.signature = signature(record)
-            failed = [r for r in chunk if r.error is not None]
-            if failed:
-                self.decoded.put(Decoded(failed, [(r.error,) for r in failed if r.error]))
-            wanted = [r for r in chunk if r.error is None]
-            yield from self._take_previous(wanted) if self.work.previous else wanted
-
-    def _chunk(self, records: Iterator[Record]) -> list[Record]:
-        limit = LOOKUP_ROWS if self.work.previous else 1
-        chunk = []
-        for record in records:
-            chunk.append(record)
-            if len(chunk) >= limit:
-                break
-        return chunk
-
-    def _take_previous(self, records: Sequence[Record]) -> list[Record]:
-        """Hand over the rows that an earlier output has finished; returns the others."""
-        assert self.work.previous is not None
-        found, table = self.work.previous.take([r.signature for r in records])
-        if not found or table is None:
-            return list(records)
-        values = self.work.task.restore(table, self.layout.task_fields)
-        modalities = table.column("modality").to_pylist()
-        reused = [records[i] for i in found]
-        for record, modality, row in zip(reused, modalities, values, strict=True):
-            self.restored[record.row] = Result(record, modality, values=row)
-        self.decoded.put(Decoded(reused, [() for _ in reused]))
-        self.report.reused += len(found)
-        taken = set(found)
-        return [r for i, r in enumerate(records) if i not in taken]
+    def _windows(self) -> Iterator[tuple[list[Arrived], bool]]:
+        """Windows in row order, and whether nothing was on its way when they were cut."""
+        windows = Windows(self.first, self.options.window)
+        immediate = self.work.output.immediate
+        while not self.closing.is_set():
+            try:
+                arrived = self.intake.get(timeout=IDLE_S if immediate else 0.1)
+            except queue.Empty:
+                if immediate and self.ready.empty() and ((rows := windows.flush()) or self.held):
+                    yield rows, True
+                continue
+            if arrived is None:
+                windows.check_empty()
+                yield windows.flush(), True
+                return
+            for window in windows.add(arrived):
+                yield window, False
 
     # -- main thread ---------------------------------------------------------------------------------------
 
-    def _windows(self) -> Iterator[list[_Row]]:
-        """Complete windows of (record, outcomes), in row order."""
-        size = self.options.window
-        pending: dict[int, _Row] = {}
-        counts: dict[int, int] = {}
-        next_window = self.first // size
-        for decoded in self._arrivals():
-            for record, outcomes in zip(decoded.records, decoded.outcomes, strict=True):
-                pending[record.row] = (record, outcomes)
-                counts[record.row // size] = counts.get(record.row // size, 0) + 1
-            while counts.get(next_window, 0) == size:
-                rows = range(next_window * size, (next_window + 1) * size)
-                yield [pending.pop(row) for row in rows]
-                del counts[next_window]
-                next_window += 1
-        if pending:
-            yield [pending[row] for row in sorted(pending)]
+    def _compute(self, forward: Forward, writer: PartWriter) -> None:
+        """Where the device computes while the host goes on, the next batch is started before one is waited for."""
+        in_work: tuple[_Ready, Launched] | None = None
+        while not self.ended:
+            ready = self._next(wait=in_work is None)
+            launched = None if ready is None or ready.collated is None else forward.launch(ready.collated)
+            if in_work is not None:
+                self._complete(in_work[0], forward.finish(in_work[1]), forward, writer)
+                in_work = None
+            if ready is not None and launched is not None and launched.pending:
+                in_work = ready, launched
+            elif ready is not None:
+                outputs = forward.finish(launched) if launched is not None else []
+                self._complete(ready, outputs, forward, writer)
+        forward.settle()
+        self._release_held(writer)
 
-    def _arrivals(self) -> Iterator[Decoded]:
-        while True:
-            self._check_stop()
-            start = time.perf_counter()
-            try:
-                item = self.decoded.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            finally:
-                self.report.add("wait", time.perf_counter() - start)
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    def _next(self, wait: bool) -> _Ready | None:
+        """The next batch; None when there is none at the moment, or no more (`ended`)."""
+        start = time.perf_counter()
+        try:
+            while True:
+                self._check_stop()
+                try:
+                    item = self.ready.get(timeout=0.1) if wait else self.ready.get_nowait()
+                except queue.Empty:
+                    if wait:
+                        continue
+                    return None
+                if isinstance(item, BaseException):
+                    raise item
+                self.ended = item is None
+                return item
+        finally:
+            self.report.add("wait", time.perf_counter() - start)
 
-    def _compute(self, window: list[_Row], forward: Forward) -> list[Result]:
-        slots = [
-            Slot(record.row, medium, outcome)
-            for record, outcomes in window
-            if all(isinstance(o, Sample) for o in outcomes)
-            for medium, outcome in enumerate(outcomes)
-            if isinstance(outcome, Sample)
-        ]
-        outputs: dict[tuple[int, int], object] = {}
-        for batch in batches(slots, self.options.batch_size):
-            self._check_stop()
-            for slot, output in zip(batch, forward([s.sample for s in batch]), strict=True):
-                outputs[slot.row, slot.medium] = output
-        with self.report.timed("post"):
-            return [self._result(record, outcomes, outputs) for record, outcomes in window]
+    def _complete(self, ready: _Ready, outputs: Sequence[Any], forward: Forward, writer: PartWriter) -> None:
+        window = ready.window
+        for slot, output in zip(ready.slots, outputs, strict=True):
+            window.outputs[slot.row, slot.medium] = output
+        if not ready.last:
+            return
+        self.intake.release(len(window.records), window.nbytes)
+        self.held.append(window)
+        if ready.idle or len(self.held) > MAX_HELD:
+            forward.settle()
+        if not forward.failures:
+            self._release_held(writer)
+        self.options.budget.check(self.report)
 
-    def _result(
-        self, record: Record, outcomes: tuple[Sample | RowError, ...], outputs: dict[tuple[int, int], object]
-    ) -> Result:
-        if restored := self.restored.pop(record.row, None):
-            return restored
-        mine = [outputs.get((record.row, medium)) for medium in range(len(outcomes))]
-        for problem in (*outcomes, *mine):
-            if isinstance(problem, RowError):
-                return Result(record, _modality(record, outcomes), error=problem)
-        modalities = [o.modality for o in outcomes if isinstance(o, Sample)]
-        return self.work.task.result(record, modalities, mine)
-
-    def _account(self, results: Sequence[Result]) -> None:
-        report = self.report
-        new = [r for r in results if r.record.row >= self.work.start_row]
-        for result in new:
-            if result.error is not None:
-                report.errors[result.error.code] += 1
-        report.done += len(new)
-        if report.first_result_s is None and new:
-            report.first_result_s = report.wall_s
-        with self.lock:
-            self.in_flight -= len(results)
-
-    def _check_limits(self) -> None:
-        if self.options.budget.exceeded(self.report):
-            codes = ", ".join(f"{n} {c}" for c, n in self.report.errors.most_common())
-            raise ErrorBudgetExceeded(
-                f"{self.report.error_rows} error rows ({codes}) are more than --max-errors allows",
-                hint="see error_message in the output; then raise --max-errors and run the same command again",
-            )
+    def _release_held(self, writer: PartWriter) -> None:
+        held, self.held = self.held, []
+        for window in held:
+            writer.put(window)
 
     def _check_stop(self) -> None:
         if self.work.stop.exit_code is not None:
@@ -307,20 +279,3 @@ class _Run:
         limit = self.options.time_limit_s
         if limit is not None and self.report.wall_s > limit:
             raise TryAgain(f"--time-limit of {limit:g} s reached", hint="run the same command again to go on")
-
-
-def _encoded_bytes(record: Record) -> int:
-    return sum(m.size or (len(m.data) if m.data is not None else 0) for m in record.media)
-
-
-def _modality(record: Record, outcomes: Sequence[Sample | RowError]) -> str | None:
-    """What an error row's media are, as far as decoding, the manifest or the name tells."""
-    known: list[str] = []
-    for index, media in enumerate(record.media):
-        outcome = outcomes[index] if index < len(outcomes) else None
-        guess = outcome.modality if isinstance(outcome, Sample) else media.modality
-        guess = guess or (guess_modality(media.file) if media.file else None)
-        if guess is None:
-            return None
-        known.append(guess)
-    return "+".join(known) or None

@@ -1,4 +1,4 @@
-"""The writer thread: cuts finished rows into parts and commits them, off the critical path."""
+"""The writer thread: turns finished windows into rows, cuts them into parts and commits them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import pyarrow as pa
 from mmcli.core.protocols import Output
 from mmcli.core.records import Result
 from mmcli.core.report import Report
+from mmcli.engines.batching import Window
 from mmcli.engines.table import Layout
 
-# Results that wait for the writer, in lists of up to one window.
-QUEUE_LISTS = 4
+# Windows that wait for the writer.
+QUEUE_WINDOWS = 4
+# Results that are made into one Arrow batch: of 32 rows alone it costs three times as much a row.
+TABLE_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +32,30 @@ class PartLimits:
 
 
 class PartWriter:
-    """Takes Results in row order, commits them as parts from a thread of its own."""
+    """Takes finished windows in row order, commits their rows from `start_row` on from a thread of its own."""
 
-    def __init__(self, output: Output, layout: Layout, limits: PartLimits, report: Report) -> None:
+    def __init__(
+        self, output: Output, layout: Layout, limits: PartLimits, report: Report, start_row: int = 0
+    ) -> None:
         self._output, self._layout, self._limits, self._report = output, layout, limits, report
-        self._queue: queue.Queue[Sequence[Result] | None] = queue.Queue(QUEUE_LISTS)
+        self._queue: queue.Queue[Window | None] = queue.Queue(QUEUE_WINDOWS)
+        self._results: list[Result] = []
         self._batches: list[pa.RecordBatch] = []
+        self._bytes = 0
         self._signatures: list[bytes | None] = []
-        self._start_row = -1
+        self._next_row = start_row
         self._last_commit = time.monotonic()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="mmcli-writer", daemon=True)
         self._thread.start()
 
-    def put(self, results: Sequence[Result]) -> None:
+    def put(self, window: Window) -> None:
         """Hand over the next rows. Raises what the writer thread failed with."""
         start = time.perf_counter()
         while True:
             self._raise_failure()
             try:
-                self._queue.put(results, timeout=0.1)
+                self._queue.put(window, timeout=0.1)
                 break
             except queue.Full:
                 continue
@@ -71,45 +78,68 @@ class PartWriter:
 
     def _work(self) -> None:
         try:
-            while (results := self._next()) is not None:
-                if results:
-                    self._add(results)
+            while True:
+                try:
+                    window = self._queue.get(timeout=max(0.05, min(1.0, self._limits.seconds)))
+                except queue.Empty:
+                    # Time to look at the clock.
+                    self._cut(final=False)
+                    continue
+                if window is None:
+                    break
+                self._add(window)
                 self._cut(final=False)
             self._cut(final=True)
         except BaseException as failure:  # noqa: BLE001 - raised in the main thread by put or close
             self._failure = failure
 
-    def _next(self) -> Sequence[Result] | None:
-        """The next results; empty when it is time to look at the clock; None at the end."""
-        try:
-            return self._queue.get(timeout=max(0.05, min(1.0, self._limits.seconds)))
-        except queue.Empty:
-            return ()
-
-    def _add(self, results: Sequence[Result]) -> None:
-        if not self._batches:
-            self._start_row = results[0].record.row
-        with self._report.timed("write"):
-            self._batches.append(self._layout.batch(results))
+    def _add(self, window: Window) -> None:
+        with self._report.timed("post"):
+            start_row = self._next_row + len(self._signatures)
+            results = window.results(self._layout.task, start_row)
+            self._results += results
             self._signatures += [r.record.signature for r in results]
+        self._account(results, window)
+        if len(self._results) >= TABLE_ROWS:
+            self._tabulate()
+
+    def _account(self, results: Sequence[Result], window: Window) -> None:
+        report = self._report
+        for result in results:
+            if result.error is not None:
+                report.errors[result.error.code] += 1
+        report.done += len(results)
+        # Results are the last rows of their window.
+        report.reused += sum(isinstance(k, Result) for k in window.known[len(window.known) - len(results) :])
+        if report.first_result_s is None and results:
+            report.first_result_s = report.wall_s
+
+    def _tabulate(self) -> None:
+        if self._results:
+            with self._report.timed("write"):
+                batch = self._layout.batch(self._results)
+            self._results = []
+            self._batches.append(batch)
+            self._bytes += batch.nbytes
 
     def _cut(self, final: bool) -> None:
         overdue = time.monotonic() - self._last_commit >= self._limits.seconds
         everything = final or overdue or self._output.immediate
         while rows := len(self._signatures):
-            size = sum(b.nbytes for b in self._batches)
-            if not (everything or rows >= self._limits.rows or size >= self._limits.bytes):
+            if not (everything or rows >= self._limits.rows or self._bytes >= self._limits.bytes):
                 return
             self._commit(min(rows, self._limits.rows))
         self._last_commit = time.monotonic() if overdue else self._last_commit
 
     def _commit(self, rows: int) -> None:
+        self._tabulate()
         table = pa.Table.from_batches(self._batches, schema=self._layout.schema)
         with self._report.timed("write"):
-            self._output.commit(table.slice(0, rows), self._start_row, self._signatures[:rows])
+            self._output.commit(table.slice(0, rows), self._next_row, self._signatures[:rows])
         rest = table.slice(rows)
         self._batches = rest.to_batches() if len(rest) else []
+        self._bytes = sum(b.nbytes for b in self._batches)
         del self._signatures[:rows]
-        self._start_row += rows
+        self._next_row += rows
         self._last_commit = time.monotonic()
         self._report.committed += rows

@@ -24,6 +24,8 @@ from mmcli.media.worker import Answer, BlockDecoder, Cell
 BLOCKS_PER_WORKER = 2
 # How often hung workers are looked for, in seconds.
 POLL_S = 0.2
+# How often the source is asked again while a worker has nothing to do.
+STARVED_S = 0.001
 # Workers that die one after the other without a single answer: the machine, not an input, is at fault.
 MAX_BARREN_DEATHS = 20
 
@@ -57,10 +59,13 @@ class InlineDecoder:
         decoder = BlockDecoder(self._plan.open_processor(), self._options)
         while True:
             while not may_read():
-                time.sleep(0.001)
+                time.sleep(STARVED_S)
             records = next(blocks, None)
             if records is None:
                 return
+            if not records:
+                yield Decoded((), ())
+                continue
             answer = decoder.block(0, [r.media for r in records])
             yield Decoded(records, answer.outcomes, answer.decode_s, answer.process_s)
 
@@ -102,8 +107,11 @@ class DecodePool:
             busy = any(w.blocks for w in self._workers)
             if exhausted and not busy and not self._again:
                 return
-            # With nothing in work only the consumer can open the gate: look again soon.
-            self._wait(POLL_S if busy else 0.001)
+            # When workers want for work, the gate or the source may open at any moment: look again soon.
+            starved = not busy or (not exhausted and self._worker_with_room() is not None)
+            self._wait(STARVED_S if starved else POLL_S)
+            if not self._ready:
+                yield Decoded((), ())
 
     def close(self) -> None:
         """Kill all workers and the nursery."""
@@ -156,6 +164,8 @@ class DecodePool:
                 records = next(blocks, None)
                 if records is None:
                     return True
+                if not records:
+                    break
                 self._numbers += 1
                 block = _Block(self._numbers, records)
             self._give(worker, block)

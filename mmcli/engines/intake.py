@@ -1,0 +1,235 @@
+"""The supervisor thread: Source -> Records -> decode workers -> rows that have arrived.
+
+It hands on rows in order and never more than the model can soon take, so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from mmcli.core.protocols import Decoder, Previous, Source, Task
+from mmcli.core.records import Record, Result, Sample
+from mmcli.core.report import Report
+from mmcli.core.signature import signature
+from mmcli.engines.batching import WINDOW_BYTES, Arrived
+
+# A block is what one worker is given at a time: at most this many records or encoded bytes. 64 tiny
+# pictures amortise a message (about 0.1 ms); one large video does not wait behind others.
+BLOCK_ROWS = 64
+BLOCK_BYTES = 2 * 1024 * 1024
+# Looked up together in a previous output.
+LOOKUP_ROWS = 1024
+# Model inputs in memory. Above WINDOW_BYTES, so that a window can always become complete.
+MAX_BYTES = 2 * WINDOW_BYTES
+# How long a live source may keep the decode workers from being looked after.
+LIVE_POLL_S = 0.02
+
+
+class Intake:
+    """Reads, looks up and decodes rows ahead of the model, in a thread of its own.
+
+    first     the row to begin at
+    max_rows  rows that may be on their way: handed on, but not released
+    reuse     finished rows of an earlier output
+    live      hand on rows as they come, however few
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        decoder: Decoder,
+        report: Report,
+        first: int,
+        max_rows: int,
+        reuse: Reuse | None = None,
+        want_signatures: bool = True,
+        live: bool = False,
+    ) -> None:
+        self._source, self._decoder, self._report = source, decoder, report
+        self._first, self._max_rows, self._reuse = first, max_rows, reuse
+        self._want_signatures, self._live = want_signatures, live
+        self._arrived: queue.Queue[list[Arrived] | BaseException | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._rows = self._bytes = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="mmcli-decode", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def get(self, timeout: float) -> list[Arrived] | None:
+        """The next rows, in any order; None at the end. Raises queue.Empty, or what the thread failed with."""
+        item = self._arrived.get(timeout=timeout)
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def release(self, rows: int, nbytes: int) -> None:
+        """So many rows are finished, and their model inputs gone."""
+        with self._lock:
+            self._rows -= rows
+            self._bytes -= nbytes
+
+    def close(self) -> None:
+        """Stop reading and give back the decode workers."""
+        self._closing.set()
+        if self._thread.ident is not None:
+            # A decoder without processes may be in the middle of a long clip; the process ends soon anyway.
+            self._thread.join(timeout=5)
+        self._decoder.close()
+
+    def _supervise(self) -> None:
+        try:
+            for decoded in self._decoder.run(self._blocks(), self._may_read):
+                if self._closing.is_set():
+                    return
+                if decoded.records:
+                    self._report.add("decode", decoded.decode_s)
+                    self._report.add("process", decoded.process_s)
+                    rows = zip(decoded.records, decoded.outcomes, strict=True)
+                    self._arrive([Arrived(record, o, _nbytes(o)) for record, o in rows])
+            self._arrived.put(None)
+        except BaseException as failure:  # noqa: BLE001 - raised where the rows are waited for
+            self._arrived.put(failure)
+
+    def _arrive(self, rows: list[Arrived]) -> None:
+        nbytes = sum(row.nbytes for row in rows)
+        if nbytes:
+            with self._lock:
+                self._bytes += nbytes
+        self._arrived.put(rows)
+
+    def _may_read(self) -> bool:
+        # Rows are handed on in order: all that a window lacks is on its way when this becomes false.
+        return (self._rows < self._max_rows and self._bytes < MAX_BYTES) or self._closing.is_set()
+
+    def _blocks(self) -> Iterator[list[Record]]:
+        """Records to decode, in blocks; rows that need no decoding arrive at once. Empty: none for now."""
+        for chunk in self._chunks():
+            if self._closing.is_set():
+                return
+            ready, wanted = self._look_up(chunk)
+            for direct, block in _split(ready, wanted, self._block_rows()):
+                with self._lock:
+                    self._rows += len(direct) + len(block)
+                if direct:
+                    self._arrive(direct)
+                yield block
+
+    def _chunks(self) -> Iterator[list[Record]]:
+        records = self._source.records(self._first)
+        if self._live:
+            yield from _live_chunks(records)
+            return
+        size = LOOKUP_ROWS if self._reuse is not None else self._block_rows()
+        while chunk := list(islice(records, size)):
+            yield chunk
+
+    def _block_rows(self) -> int:
+        # Small inputs: spread them over the workers rather than give all to the first.
+        share = (self._report.rows_total or BLOCK_ROWS * 64) // (4 * max(1, self._decoder.num_workers))
+        return max(1, min(BLOCK_ROWS, share))
+
+    def _look_up(self, chunk: list[Record]) -> tuple[list[Arrived], list[Record]]:
+        """Rows that need no decoding, and the others."""
+        if self._want_signatures:
+            for record in chunk:
+                record.signature = signature(record)
+        ready = [Arrived(r, (r.error,)) for r in chunk if r.error is not None]
+        wanted = [r for r in chunk if r.error is None] if ready else chunk
+        if self._reuse is not None and wanted:
+            found = self._reuse.take(wanted)
+            if found:
+                ready += [Arrived(result.record, result) for result in found.values()]
+                wanted = [r for i, r in enumerate(wanted) if i not in found]
+        return ready, wanted
+
+
+class Reuse:
+    """Finished rows of an earlier output as Results."""
+
+    def __init__(self, previous: Previous, task: Task, slots: Sequence[str]) -> None:
+        self._previous, self._task, self._fields = previous, task, task.fields(slots)
+
+    def take(self, records: Sequence[Record]) -> dict[int, Result]:
+        """position -> Result, for those records whose row is known."""
+        positions, table = self._previous.take([r.signature for r in records])
+        if not positions or table is None:
+            return {}
+        values = self._task.restore(table, self._fields)
+        modalities = table.column("modality").to_pylist()
+        return {
+            position: Result(records[position], modality, values=row)
+            for position, modality, row in zip(positions, modalities, values, strict=True)
+        }
+
+
+def _split(
+    ready: list[Arrived], wanted: list[Record], block_rows: int
+) -> Iterator[tuple[list[Arrived], list[Record]]]:
+    """Consecutive rows, cut so that none is handed on before the rows in front of it. At least one piece."""
+    ready = sorted(ready, key=lambda row: row.record.row, reverse=True)
+    block: list[Record] = []
+    size = 0
+    for record in wanted:
+        weight = _encoded_bytes(record)
+        if block and (len(block) >= block_rows or size + weight > BLOCK_BYTES):
+            yield _pop_before(ready, record.row), block
+            block, size = [], 0
+        block.append(record)
+        size += weight
+    yield ready, block
+
+
+def _pop_before(ready: list[Arrived], row: int) -> list[Arrived]:
+    direct = []
+    while ready and ready[-1].record.row < row:
+        direct.append(ready.pop())
+    return direct
+
+
+def _live_chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """What has come so far, as soon as it comes; empty when nothing has come for a while.
+
+    Reading waits in a thread of its own, which ends with its source or with the process.
+    """
+    pipe: queue.Queue[Record | BaseException | None] = queue.Queue(2 * BLOCK_ROWS)
+
+    def read() -> None:
+        try:
+            for record in records:
+                pipe.put(record)
+            pipe.put(None)
+        except BaseException as failure:  # noqa: BLE001 - raised where the records are waited for
+            pipe.put(failure)
+
+    threading.Thread(target=read, name="mmcli-read", daemon=True).start()
+    end: Record | BaseException | None
+    while True:
+        chunk: list[Record] = []
+        try:
+            while isinstance(end := pipe.get(timeout=0 if chunk else LIVE_POLL_S), Record):
+                chunk.append(end)
+                if len(chunk) == BLOCK_ROWS:
+                    break
+        except queue.Empty:
+            pass
+        else:
+            if not isinstance(end, Record):
+                yield chunk
+                if end is not None:
+                    raise end
+                return
+        yield chunk
+
+
+def _nbytes(outcomes: Sequence[object]) -> int:
+    return sum(a.nbytes for o in outcomes if isinstance(o, Sample) for a in o.arrays.values())
+
+
+def _encoded_bytes(record: Record) -> int:
+    return sum(m.size or (len(m.data) if m.data is not None else 0) for m in record.media)
