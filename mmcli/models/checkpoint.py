@@ -1,0 +1,233 @@
+"""A checkpoint's directory, local or from the hub: its files, what identifies them, and what is unsafe in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmcli.core.errors import ConfigError, ModelError, TryAgain, one_line
+from mmcli.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What a plan and a processor need; weights are fetched when they are loaded.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+WEIGHT_FILES = ("*.safetensors",)
+PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Files that decide what a processor does to an input.
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "sentence_bert_config.json", "modules.json",
+    "config_sentence_transformers.json",
+)  # fmt: skip
+# Weights up to this size are digested whole (1 GB/s), larger ones by 256 blocks of 1 MiB spread over the file.
+WHOLE_DIGEST_LIMIT = 2 * 1024**3
+_BLOCK = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose small files are on disk.
+
+    id         as the user named it
+    directory  where its files are
+    revision   commit on the hub; None for a local directory
+    """
+
+    id: str
+    directory: Path
+    revision: str | None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint, {} when it has none. Raises ConfigError when it is damaged."""
+        path = self.directory / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"-m {self.id}: {name} cannot be read: {one_line(str(error))}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"-m {self.id}: {name} holds no JSON object")
+        return content
+
+    def processor_json(self, part: str) -> dict[str, Any]:
+        """Settings of the processor's `image_processor`, `feature_extractor` or `video_processor`."""
+        nested = self.json("processor_config.json").get(part)
+        own = "video_preprocessor_config.json" if part == "video_processor" else "preprocessor_config.json"
+        return self.json(own) or (nested if isinstance(nested, dict) else {})
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """config.json with the defaults of its type. Raises ConfigError."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            raise ConfigError(f"-m {self.id}: config.json is not usable: {one_line(str(error))}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies it: the commit of a hub checkpoint, else a digest of its weights."""
+        identity = {"revision": self.revision} if self.revision else {"weights": self._weights_digest()}
+        return {
+            "id": self.id,
+            **identity,
+            "processor": self._digest(PROCESSOR_FILES),
+            "config": self._digest(["config.json"]),
+        }
+
+    def _weights_digest(self) -> str:
+        digest = blake2b(digest_size=16)
+        for path in self.weight_files():
+            digest.update(path.relative_to(self.directory).as_posix().encode())
+            _digest_weights(digest, path)
+        return digest.hexdigest()
+
+    def _digest(self, names: tuple[str, ...] | list[str]) -> str:
+        digest = blake2b(digest_size=16)
+        for name in names:
+            path = self.directory / name
+            if path.is_file():
+                content = path.read_bytes()
+                digest.update(b"%d %d " % (len(name), len(content)) + name.encode() + content)
+        return digest.hexdigest()
+
+    def weight_files(self) -> list[Path]:
+        """The weights on disk, in a fixed order."""
+        patterns = WEIGHT_FILES + (PICKLE_FILES if self.allow_pickle else ())
+        found = {p for pattern in patterns for p in self.directory.rglob(pattern) if p.is_file()}
+        return sorted(found)
+
+    def fetch_weights(self) -> None:
+        """Download what `open_checkpoint` has left on the hub. Raises ModelError, TryAgain."""
+        if self.revision is not None:
+            patterns = list(WEIGHT_FILES + (PICKLE_FILES if self.allow_pickle else ()))
+            _snapshot(self.id, self.revision, patterns, offline=False)
+            if not self.weight_files():
+                raise ModelError(f"-m {self.id}: {_no_safetensors(self.directory)}", hint="add --allow-pickle")
+
+
+def open_checkpoint(options: ModelOptions) -> Checkpoint:
+    """Find a checkpoint and check what its small files say. Raises ConfigError, TryAgain when the hub is away."""
+    name = options.model
+    trust, pickle = options.trust_remote_code, options.allow_pickle
+    if os.path.isdir(name):
+        if options.revision is not None:
+            raise ConfigError(f"--revision {options.revision}: {name} is a local directory, which has no revisions")
+        checkpoint = Checkpoint(name, Path(name), None, trust, pickle)
+    else:
+        _check_hub_id(name)
+        directory = _snapshot(name, options.revision, list(SMALL_FILES), options.offline)
+        checkpoint = Checkpoint(name, directory, directory.name, trust, pickle)
+    _check_files(checkpoint)
+    return checkpoint
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    config = checkpoint.json("config.json")
+    is_sentence = (checkpoint.directory / "modules.json").is_file()
+    if not config and not is_sentence:
+        raise ConfigError(
+            f"-m {checkpoint.id}: it has no config.json; a model is a directory as save_pretrained writes it"
+        )
+    # CVE-2026-5241: such a key once switched on code that comes with the checkpoint.
+    if "trust_remote_code" in config and not checkpoint.trust_remote_code:
+        raise ConfigError(
+            f"-m {checkpoint.id}: its config.json asks for trust_remote_code, which is refused",
+            hint="remove that key, or add --trust-remote-code when you trust its author",
+        )
+    if checkpoint.revision is None and not checkpoint.weight_files():
+        raise ConfigError(f"-m {checkpoint.id}: {_no_safetensors(checkpoint.directory)}")
+
+
+def _no_safetensors(directory: Path) -> str:
+    pickles = sorted(p.name for pattern in PICKLE_FILES for p in directory.glob(pattern))
+    if pickles:
+        return f"it has {pickles[0]}, a pickle, which can run code when loaded; add --allow-pickle if you trust it"
+    return "there are no weights (*.safetensors) in it"
+
+
+def _check_hub_id(name: str) -> None:
+    """Raise ConfigError when `name` can be no hub id: then it was meant as a path."""
+    if os.path.exists(name):
+        raise ConfigError(f"-m {name}: this is a file; a model is a directory, give the one that holds config.json")
+    parts = name.split("/")
+    if name.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts):
+        raise ConfigError(f"-m {name}: no such directory{_near(name)}")
+    folder, base = os.path.split(name)
+    if folder and os.path.isdir(folder) and (near := _near(name)):
+        raise ConfigError(f"-m {name}: no such directory{near}")
+    del base
+
+
+def _near(name: str) -> str:
+    folder, base = os.path.split(name.rstrip("/"))
+    try:
+        siblings = [e.name for e in os.scandir(folder or ".") if e.is_dir()]
+    except OSError:
+        return ""
+    close = get_close_matches(base, siblings, n=1)
+    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], offline: bool) -> Path:
+    """The directory of a hub repository with the files that match. Raises ConfigError, TryAgain."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:
+        found = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline)
+    except HFValidationError as error:
+        raise ConfigError(f"-m {name}: neither a directory nor a hub id") from error
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"-m {name}: its authors ask for consent; accept on the hub, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"--revision {revision}: the hub has no such revision of {name}") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"-m {name}: neither a directory here nor a model on the hub (private: set HF_TOKEN)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if offline:
+            raise ConfigError(
+                f"-m {name}: no such directory, nor is it in the hub's cache, and the hub is off "
+                "(--offline or HF_HUB_OFFLINE)"
+            ) from error
+        raise TryAgain(f"-m {name}: no such directory, and the hub cannot be reached") from error
+    except OSError as error:
+        raise TryAgain(f"-m {name}: cannot fetch it from the hub: {one_line(str(error))}") from error
+    return Path(found)
+
+
+def _digest_weights(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(b"%d " % size)
+    with path.open("rb") as file:
+        if size <= WHOLE_DIGEST_LIMIT:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+            return
+        # The header of safetensors with the names, then samples; a retrained model differs everywhere.
+        for number in range(256):
+            file.seek(number * (size - _BLOCK) // 255)
+            digest.update(file.read(_BLOCK))

@@ -1,0 +1,201 @@
+"""The family *dual encoder*: text and image, audio or video in one shared space (CLIP and its kin)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmcli.core.records import DecodeOptions, Modality
+from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.facts import (
+    available,
+    max_tokens,
+    min_image_size,
+    reject_pooling,
+    sampling_rate,
+    setting,
+)
+from mmcli.models.options import ModelOptions
+from mmcli.models.plan import AudioSpec, EmbeddingPlan, Inputs, TextSpec, VideoSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmcli.models.runner import Tower
+
+FAMILY = "dual encoder"
+
+
+@dataclass(frozen=True, slots=True)
+class DualEncoder:
+    """How a model type gives vectors of the shared space.
+
+    modalities   what it takes; one with an image tower also takes video, frame by frame
+    size         where config.json has the size of the vectors
+    text_config  where it has the text tower's settings ("" is the top level)
+    padding      of texts, as the type's processor does it
+    max_length   where texts are cut, when the text tower's own limit is not it
+    num_frames   where it has the frames of a clip that a video tower takes
+    model_class  the transformers class; None: AutoModel's
+    """
+
+    modalities: tuple[Modality, ...]
+    size: str = "projection_dim"
+    text_config: str = "text_config"
+    padding: Literal["longest", "max_length"] = "longest"
+    max_length: int | None = None
+    num_frames: str | None = None
+    model_class: str | None = None
+
+
+_TEXT_IMAGE: tuple[Modality, ...] = ("text", "image")
+_SIGLIP = DualEncoder(_TEXT_IMAGE, size="vision_config.hidden_size", padding="max_length")
+
+# model_type of config.json -> how it is called
+DUAL_ENCODERS = {
+    "align": DualEncoder(_TEXT_IMAGE, padding="max_length", max_length=64),
+    "altclip": DualEncoder(_TEXT_IMAGE),
+    "blip": DualEncoder(_TEXT_IMAGE),
+    "chinese_clip": DualEncoder(_TEXT_IMAGE),
+    "clap": DualEncoder(("text", "audio")),
+    "clip": DualEncoder(_TEXT_IMAGE),
+    "flava": DualEncoder(_TEXT_IMAGE),
+    "metaclip_2": DualEncoder(_TEXT_IMAGE),
+    "siglip": _SIGLIP,
+    "siglip2": _SIGLIP,
+    "vision-text-dual-encoder": DualEncoder(_TEXT_IMAGE),
+    "xclip": DualEncoder(("text", "video"), num_frames="vision_config.num_frames"),
+}
+# Checkpoints saved as another class than their type's AutoModel, by the `architectures` of config.json.
+BY_ARCHITECTURE = {
+    "BlipForImageTextRetrieval": DualEncoder(
+        _TEXT_IMAGE, size="image_text_hidden_size", model_class="BlipForImageTextRetrieval"
+    ),
+}
+
+
+def generic_row(config: Any) -> DualEncoder | None:
+    """A row for an unlisted type whose model offers get_text_features and one more; None when it does not."""
+    from transformers import AutoModel
+
+    model_class = AutoModel._model_mapping.get(type(config), None)
+    if not isinstance(getattr(config, "projection_dim", None), int) or model_class is None:
+        return None
+    found: list[Modality] = []
+    candidates: tuple[Modality, ...] = ("text", "image", "audio")
+    for modality in candidates:
+        if hasattr(model_class, f"get_{modality}_features"):
+            found.append(modality)
+    return DualEncoder(tuple(found)) if "text" in found and len(found) > 1 else None
+
+
+def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: DualEncoder) -> EmbeddingPlan:
+    """What `row` says about this checkpoint. Raises ConfigError."""
+    reject_pooling(options.pooling, FAMILY)
+    config = checkpoint.config
+    wanted = [m for m in row.modalities if available(checkpoint, m)]
+    text = audio = video = None
+    if "text" in wanted:
+        text_config = setting(config, row.text_config) or config
+        limit = max_tokens(checkpoint, text_config)
+        text = TextSpec(min(filter(None, (limit, row.max_length)), default=None), row.padding)
+    if "audio" in wanted:
+        audio = AudioSpec("fixed", sampling_rate(checkpoint))
+    if "video" in wanted:
+        assert row.num_frames is not None
+        video = VideoSpec(int(setting(config, row.num_frames)), native=True)
+    elif "image" in wanted:
+        video = VideoSpec(options.frames, native=False)
+    inputs = Inputs(text, "image" in wanted, audio, video)
+    return EmbeddingPlan(
+        checkpoint=checkpoint,
+        family=FAMILY,
+        loader="mmcli.models.dual_encoder:load",
+        detail=row,
+        inputs=inputs,
+        embedding_size=int(setting(config, row.size)),
+        decode=DecodeOptions(
+            modalities=inputs.modalities,
+            min_image_size=min_image_size(checkpoint),
+            exact_decode=options.exact_decode,
+            sampling_rate=audio.sampling_rate if audio else None,
+            num_frames=video.num_frames if video else options.frames,
+        ),
+        pooling=None,
+        normalize=True if options.normalize is None else options.normalize,
+        dtype=dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        compile=options.compile,
+    )
+
+
+def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
+    """The towers of a loaded model, one per modality."""
+    import transformers
+
+    from mmcli.models.runner import load_model
+
+    row: DualEncoder = plan.detail
+    model_class = getattr(transformers, row.model_class or "AutoModel")
+    model = load_model(model_class, plan, device)
+    if row.model_class == "BlipForImageTextRetrieval":
+        towers: dict[Modality, Tower] = {"text": _blip_text(model), "image": _blip_image(model)}
+    else:
+        towers = {m: _features(getattr(model, f"get_{m}_features")) for m in row.modalities}
+    if plan.inputs.video and not plan.inputs.video.native:
+        towers["video"] = frame_tower(towers["image"], plan.normalize)
+    return towers
+
+
+def _features(method: Callable[..., Any]) -> Tower:
+    """`get_*_features`. Its result is an output whose pooler_output holds the vectors [n, D], not normalised."""
+    # A tokenizer may give more than a model takes (token_type_ids).
+    accepted = set(inspect.signature(method).parameters)
+
+    def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = method(**{name: tensor for name, tensor in inputs.items() if name in accepted})
+        vectors: torch.Tensor = output.pooler_output
+        # FLAVA projects every token; its contrastive loss uses the first.
+        return vectors[:, 0] if vectors.ndim == 3 else vectors
+
+    return tower
+
+
+def frame_tower(image: Tower, normalize: bool) -> Tower:
+    """A clip [n, F, ...] as the mean of its frames' vectors (meanP of CLIP4Clip, Luo et al. 2021).
+
+    Frames count equally: their vectors are normalised before the mean, where vectors are normalised at all.
+    """
+    import torch
+
+    def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        clips, frames = next(iter(inputs.values())).shape[:2]
+        vectors = image({name: tensor.flatten(0, 1) for name, tensor in inputs.items()}).float()
+        if normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.reshape(clips, frames, -1).mean(dim=1)
+
+    return tower
+
+
+def _blip_text(model: Any) -> Tower:
+    """The unimodal text side of image-text retrieval (the ITC head of BLIP, Li et al. 2022)."""
+
+    def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = model.text_encoder(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+        projected: torch.Tensor = model.text_proj(output.last_hidden_state[:, 0])
+        return projected
+
+    return tower
+
+
+def _blip_image(model: Any) -> Tower:
+    def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = model.vision_model(pixel_values=inputs["pixel_values"])
+        projected: torch.Tensor = model.vision_proj(output.last_hidden_state[:, 0])
+        return projected
+
+    return tower

@@ -1,0 +1,255 @@
+"""The family *encoder*: one modality, its tokens pooled into one vector (BERT, ViT, ResNet, Wav2Vec2, VideoMAE)."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmcli.core.errors import ConfigError
+from mmcli.core.records import DecodeOptions, Modality
+from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.facts import available, max_tokens, min_image_size, sampling_rate, setting
+from mmcli.models.options import ModelOptions
+from mmcli.models.plan import AudioSpec, EmbeddingPlan, Inputs, TextSpec, VideoSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmcli.models.runner import Tower
+
+FAMILY = "encoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """How a model type gives one vector.
+
+    poolings    what can be asked of it, its own first
+    size        where config.json has the size of the vectors; None: found by a forward pass without weights
+    prefix      tokens before those of patches, which `mean` and `max` leave out; "registers" adds
+                config.num_register_tokens
+    num_frames  where it has the frames of a clip
+    """
+
+    modality: Modality
+    poolings: tuple[str, ...]
+    size: str | None = "hidden_size"
+    prefix: int = 0
+    registers: bool = False
+    num_frames: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How the last hidden state [n, T, D] becomes [n, D]: by `name`, without its first `skip` tokens."""
+
+    name: str
+    skip: int = 0
+
+
+_TEXT = Encoder("text", ("mean", "cls", "max", "pooler"))
+_TEXT_WITHOUT_POOLER = Encoder("text", ("mean", "cls", "max"))
+# ViT's pooler is random in checkpoints that were saved with a classification head; the class token is not.
+_VIT = Encoder("image", ("cls", "mean", "max", "pooler"), prefix=1)
+_DINO = Encoder("image", ("cls", "mean", "max", "pooler"), prefix=1, registers=True)
+_CONV = Encoder("image", ("pooler", "mean", "max"), size="hidden_sizes.-1")
+_CONV_MEASURED = Encoder("image", ("pooler", "mean", "max"), size=None)
+_TOWER = Encoder("image", ("pooler", "mean", "max"))
+_SPEECH = Encoder("audio", ("mean", "max"))
+
+# model_type of config.json -> how it is called
+ENCODERS = {
+    "albert": _TEXT,
+    "bert": _TEXT,
+    "camembert": _TEXT,
+    "deberta": _TEXT_WITHOUT_POOLER,
+    "deberta-v2": _TEXT_WITHOUT_POOLER,
+    "distilbert": _TEXT_WITHOUT_POOLER,
+    "electra": _TEXT_WITHOUT_POOLER,
+    "ernie": _TEXT,
+    "modernbert": _TEXT_WITHOUT_POOLER,
+    "mpnet": _TEXT,
+    "roberta": _TEXT,
+    "xlm-roberta": _TEXT,
+    "beit": Encoder("image", ("pooler", "cls", "mean", "max"), prefix=1),
+    "bit": _CONV_MEASURED,
+    "clip_vision_model": Encoder("image", ("pooler", "cls", "mean", "max"), prefix=1),
+    "convnext": _CONV,
+    "convnextv2": _CONV,
+    "deit": Encoder("image", ("cls", "mean", "max", "pooler"), prefix=2),
+    "dinov2": _VIT,
+    "dinov2_with_registers": _DINO,
+    "dinov3_convnext": _CONV_MEASURED,
+    "dinov3_vit": _DINO,
+    "efficientnet": _CONV_MEASURED,
+    "ijepa": Encoder("image", ("mean", "max")),
+    "mobilenet_v1": _CONV_MEASURED,
+    "mobilenet_v2": _CONV_MEASURED,
+    "regnet": _CONV,
+    "resnet": _CONV,
+    "siglip_vision_model": _TOWER,
+    "swin": _TOWER,
+    "swinv2": _TOWER,
+    "vit": _VIT,
+    "vit_msn": Encoder("image", ("cls", "mean", "max"), prefix=1),
+    "audio-spectrogram-transformer": Encoder("audio", ("pooler", "cls", "mean", "max"), prefix=2),
+    "data2vec-audio": _SPEECH,
+    "hubert": _SPEECH,
+    "unispeech": _SPEECH,
+    "unispeech-sat": _SPEECH,
+    "wav2vec2": _SPEECH,
+    "wav2vec2-conformer": _SPEECH,
+    "wavlm": _SPEECH,
+    "timesformer": Encoder("video", ("cls", "mean", "max"), prefix=1, num_frames="num_frames"),
+    "videomae": Encoder("video", ("mean", "max"), num_frames="num_frames"),
+    "vivit": Encoder("video", ("cls", "mean", "max", "pooler"), prefix=1, num_frames="num_frames"),
+}
+
+
+def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: Encoder) -> EmbeddingPlan:
+    """What `row` says about this checkpoint. Raises ConfigError."""
+    pooling = _pooling(checkpoint, options.pooling, row)
+    if not available(checkpoint, row.modality):
+        what = "tokenizer" if row.modality == "text" else "preprocessor_config.json"
+        raise ConfigError(f"-m {checkpoint.id}: it has no {what}, so nothing tells how it takes {row.modality}")
+    inputs = _inputs(checkpoint, options, row)
+    skip = row.prefix + (getattr(checkpoint.config, "num_register_tokens", 0) if row.registers else 0)
+    made = EmbeddingPlan(
+        checkpoint=checkpoint,
+        family=FAMILY,
+        loader="mmcli.models.encoder:load",
+        detail=Pooling(pooling, skip),
+        inputs=inputs,
+        embedding_size=0,
+        decode=DecodeOptions(
+            modalities=inputs.modalities,
+            min_image_size=min_image_size(checkpoint),
+            exact_decode=options.exact_decode,
+            sampling_rate=inputs.audio.sampling_rate if inputs.audio else None,
+            num_frames=inputs.video.num_frames if inputs.video else options.frames,
+        ),
+        pooling=pooling,
+        normalize=bool(options.normalize),
+        dtype=dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        compile=options.compile,
+    )
+    return _with_size(made, row)
+
+
+def _pooling(checkpoint: Checkpoint, asked: str | None, row: Encoder) -> str:
+    if asked is None:
+        return row.poolings[0]
+    if asked not in row.poolings:
+        kind = checkpoint.config.model_type
+        raise ConfigError(f"--pooling {asked}: a {kind} can be pooled by {', '.join(row.poolings)}")
+    return asked
+
+
+def _inputs(checkpoint: Checkpoint, options: ModelOptions, row: Encoder) -> Inputs:
+    config = checkpoint.config
+    match row.modality:
+        case "text":
+            return Inputs(text=TextSpec(max_tokens(checkpoint, config)))
+        case "audio":
+            return Inputs(audio=_audio_spec(checkpoint))
+        case "image":
+            return Inputs(image=True, video=VideoSpec(options.frames, native=False))
+        case "video":
+            return Inputs(video=VideoSpec(int(setting(config, row.num_frames or "")), native=True))
+
+
+def _audio_spec(checkpoint: Checkpoint) -> AudioSpec:
+    config = checkpoint.config
+    rate = sampling_rate(checkpoint)
+    kernels = getattr(config, "conv_kernel", None)
+    if not kernels:
+        return AudioSpec("fixed", rate)
+    # Samples for one output frame, through all convolutions: 400 for wav2vec2 (25 ms).
+    samples = 1
+    for kernel, stride in zip(reversed(kernels), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    # Group norm takes its statistics over the padding too.
+    return AudioSpec("exact" if config.feat_extract_norm == "group" else "masked", rate, samples)
+
+
+def _with_size(made: EmbeddingPlan, row: Encoder) -> EmbeddingPlan:
+    from dataclasses import replace
+
+    config = made.checkpoint.config
+    if row.size is None:
+        return replace(made, embedding_size=_measured_size(made))
+    name, _, index = row.size.partition(".")
+    size = getattr(config, name)
+    return replace(made, embedding_size=int(size[int(index)] if index else size))
+
+
+def _measured_size(plan: EmbeddingPlan) -> int:
+    """D by a forward pass of one picture on torch's meta device, which holds no weights (0.2 s)."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(plan.checkpoint.config).eval()
+        side = getattr(plan.checkpoint.config, "image_size", None) or 224
+        pixels = torch.zeros(1, 3, int(side), int(side))
+        with torch.inference_mode():
+            return int(pool(model(pixel_values=pixels), None, plan.detail).shape[-1])
+
+
+def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
+    """The tower of a loaded model; an image encoder has one for the frames of clips too."""
+    from transformers import AutoModel
+
+    from mmcli.models.dual_encoder import frame_tower
+    from mmcli.models.runner import load_model
+
+    pooling: Pooling = plan.detail
+    model = load_model(AutoModel, plan, device, unused=() if pooling.name == "pooler" else ("pooler.",))
+    tower = encoder_tower(model, pooling)
+    towers: dict[Modality, Tower] = dict.fromkeys(plan.modalities, tower)
+    if plan.inputs.video and not plan.inputs.video.native:
+        towers["video"] = frame_tower(tower, plan.normalize)
+    return towers
+
+
+def encoder_tower(model: Any, pooling: Pooling) -> Tower:
+    """model(...) -> pooled [n, D]."""
+    accepted = set(inspect.signature(model.forward).parameters)
+
+    def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = model(**{name: tensor for name, tensor in inputs.items() if name in accepted})
+        mask = inputs.get("attention_mask")
+        if mask is not None and "input_values" in inputs:
+            # Of samples -> of the frames that the convolutions make of them.
+            mask = model._get_feature_vector_attention_mask(output.last_hidden_state.shape[1], mask)
+        return pool(output, mask, pooling)
+
+    return tower
+
+
+def pool(output: Any, mask: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
+    """A model's output -> [n, D]. `mask`: [n, T], 1 for tokens that count; None: all do.
+
+    cls: the first token; mean, max: over the tokens that count; pooler: the model's own pooler_output.
+    """
+    import torch
+
+    if pooling.name == "pooler":
+        pooled: torch.Tensor = output.pooler_output
+        return pooled.flatten(1)
+    hidden: torch.Tensor = output.last_hidden_state
+    if hidden.ndim == 4:
+        # A feature map [n, C, H, W]: each place is a token.
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if pooling.name == "cls":
+        return hidden[:, 0]
+    hidden = hidden[:, pooling.skip :]
+    if mask is None:
+        return hidden.mean(dim=1) if pooling.name == "mean" else hidden.amax(dim=1)
+    counts = mask[:, pooling.skip :].unsqueeze(-1).to(hidden.dtype)
+    if pooling.name == "mean":
+        return (hidden * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1e-9)
+    return torch.where(counts > 0, hidden, torch.finfo(hidden.dtype).min).amax(dim=1)

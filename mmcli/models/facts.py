@@ -1,0 +1,84 @@
+"""What a checkpoint's small files say: sizes, limits, and which processors it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmcli.core.errors import ConfigError
+from mmcli.core.records import Modality
+from mmcli.models.checkpoint import Checkpoint
+
+POOLINGS = ("cls", "mean", "max", "pooler")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.model",
+)  # fmt: skip
+# Their positions begin after the padding index: 514 position embeddings are 512 tokens.
+_POSITIONS_AFTER_PADDING = frozenset(
+    [
+        "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet",
+        "longformer", "esm", "ibert", "clap_text_model", "altclip_text_model",
+    ]
+)  # fmt: skip
+# What tokenizers give as their limit when they have none.
+_NO_LIMIT = 1_000_000
+
+
+def setting(config: Any, path: str) -> Any:
+    """`vision_config.num_frames` of a config; "" is the config itself, None when it has no such setting."""
+    value = config
+    for name in filter(None, path.split(".")):
+        value = getattr(value, name, None)
+    return value
+
+
+def available(checkpoint: Checkpoint, modality: Modality) -> bool:
+    """Whether the checkpoint has what makes model inputs of a modality."""
+    has = (checkpoint.directory / "processor_config.json").is_file()
+    if modality == "text":
+        return any((checkpoint.directory / name).is_file() for name in TOKENIZER_FILES)
+    return has or any(
+        (checkpoint.directory / name).is_file()
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json")
+    )
+
+
+def max_tokens(checkpoint: Checkpoint, text_config: Any) -> int | None:
+    """How many tokens a text may have: the model's positions or the tokenizer's limit, whichever is less."""
+    limits = []
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        if text_config.model_type in _POSITIONS_AFTER_PADDING:
+            positions -= (getattr(text_config, "pad_token_id", None) or 1) + 1
+        limits.append(positions)
+    stated = checkpoint.json("tokenizer_config.json").get("model_max_length")
+    if isinstance(stated, int | float) and 0 < stated < _NO_LIMIT:
+        limits.append(int(stated))
+    return min(limits, default=None)
+
+
+def min_image_size(checkpoint: Checkpoint) -> int | None:
+    """The largest side that the image processor resizes to; None where it depends on the picture."""
+    settings = checkpoint.processor_json("image_processor") or checkpoint.processor_json("video_processor")
+    size = settings.get("size")
+    if not settings.get("do_resize", True) or "max_num_patches" in settings:
+        return None
+    if isinstance(size, int):
+        return size
+    if isinstance(size, dict) and set(size) <= {"shortest_edge", "height", "width"} and size:
+        # crop_pct (ConvNeXt, DeiT-like): resized to size / crop_pct before the crop.
+        return int(max(size.values()) / float(settings.get("crop_pct") or 1.0))
+    return None
+
+
+def sampling_rate(checkpoint: Checkpoint) -> int:
+    """Hz that the feature extractor expects."""
+    from mmcli.models.inputs import open_feature_extractor
+
+    return int(open_feature_extractor(checkpoint).sampling_rate)
+
+
+def reject_pooling(pooling: str | None, family: str) -> None:
+    """Raise ConfigError when a pooling is asked of a family that has its own."""
+    if pooling is not None:
+        raise ConfigError(f"--pooling {pooling}: a {family} gives one vector by itself; leave --pooling out")

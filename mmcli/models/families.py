@@ -1,0 +1,63 @@
+"""config.json -> family -> plan: the one place that decides how a checkpoint is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from mmcli.core.errors import ConfigError
+from mmcli.models import dual_encoder, encoder
+from mmcli.models.checkpoint import Checkpoint, open_checkpoint
+from mmcli.models.device import check_device, choose_dtype
+from mmcli.models.facts import POOLINGS
+from mmcli.models.options import ModelOptions
+from mmcli.models.plan import EmbeddingPlan
+
+T = TypeVar("T")
+
+
+def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:
+    """The plan of a checkpoint that gives vectors. Raises ConfigError with every problem, TryAgain for the hub."""
+    problems: list[str] = []
+    _collect(problems, check_device, options.device)
+    chosen = _collect(problems, choose_dtype, options.dtype)
+    if options.pooling is not None and options.pooling not in POOLINGS:
+        problems.append(f"--pooling {options.pooling!r} is not one of {', '.join(POOLINGS)}")
+    checkpoint = _collect(problems, open_checkpoint, options)
+    if checkpoint is None or chosen is None or problems:
+        raise ConfigError(problems)
+    return _plan(checkpoint, options, chosen[0])
+
+
+def _collect(problems: list[str], function: Callable[..., T], *arguments: object) -> T | None:
+    try:
+        return function(*arguments)
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def _plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str) -> EmbeddingPlan:
+    if (checkpoint.directory / "modules.json").is_file():
+        from mmcli.models import sentence
+
+        return sentence.plan(checkpoint, options, dtype)
+    content = checkpoint.json("config.json")
+    kind = str(content.get("model_type"))
+    for architecture in content.get("architectures") or ():
+        if row := dual_encoder.BY_ARCHITECTURE.get(architecture):
+            return dual_encoder.plan(checkpoint, options, dtype, row)
+    if row := dual_encoder.DUAL_ENCODERS.get(kind):
+        return dual_encoder.plan(checkpoint, options, dtype, row)
+    if encoder_row := encoder.ENCODERS.get(kind):
+        return encoder.plan(checkpoint, options, dtype, encoder_row)
+    if "auto_map" in content and not checkpoint.trust_remote_code:
+        raise ConfigError(_unsupported(checkpoint, f"{kind!r} is code that comes with the checkpoint"))
+    if row := dual_encoder.generic_row(checkpoint.config):
+        return dual_encoder.plan(checkpoint, options, dtype, row)
+    raise ConfigError(_unsupported(checkpoint, f"model type {kind!r} is not supported for embeddings"))
+
+
+def _unsupported(checkpoint: Checkpoint, why: str) -> str:
+    known = f"dual encoders: {', '.join(dual_encoder.DUAL_ENCODERS)}; encoders: {', '.join(encoder.ENCODERS)}"
+    return f"-m {checkpoint.id}: {why}. Supported are {known}; sentence-transformers directories"

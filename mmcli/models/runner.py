@@ -1,0 +1,153 @@
+"""A loaded model on a device: samples -> padded batch -> vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmcli.core.errors import MmcliError, ModelError, one_line
+from mmcli.core.records import Modality, Sample
+from mmcli.models.device import choose_device
+from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
+from mmcli.models.plan import EmbeddingPlan
+
+# Model inputs of one modality by name -> vectors [n, D], in whatever dtype.
+Tower = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+Loader = Callable[[EmbeddingPlan, torch.device], dict[Modality, Tower]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Samples of one modality, stacked. `tensors`: model inputs by name, [n, ...], on the host."""
+
+    modality: Modality
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """With what, and on which side, shorter sequences are filled up."""
+
+    values: dict[str, int]
+    left: bool = False
+
+
+class TorchRunner:
+    """See mmcli.core.protocols.Runner."""
+
+    def __init__(self, plan: EmbeddingPlan, loader: Loader) -> None:
+        self._plan = plan
+        self.device = torch.device(choose_device(plan.device)[0])
+        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        if self.device.type == "cpu" and plan.dtype == "float16":
+            raise ModelError(
+                "--dtype float16 is not for the CPU: 4 times slower than float32", hint="--dtype bfloat16"
+            )
+        plan.checkpoint.fetch_weights()
+        try:
+            self._towers = loader(plan, self.device)
+        except MmcliError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"-m {plan.checkpoint.id}: its weights do not fit on {self.device}") from error
+        except Exception as error:
+            raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
+        if plan.compile:
+            self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
+        self._padding = _paddings(plan)
+        images = plan.inputs.image
+        self._normalize = _normalization(plan) if images else None
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Samples of equal (modality, group) -> a Batch; sequences are padded to the longest."""
+        modality = samples[0].modality
+        padding = self._padding.get(modality, Padding({}))
+        tensors = {}
+        for name in samples[0].arrays:
+            stacked = torch.from_numpy(
+                _stack([s.arrays[name] for s in samples], padding.values.get(name, 0), padding.left)
+            )
+            tensors[name] = stacked.pin_memory() if self.device.type == "cuda" else stacked
+        return Batch(modality, tensors)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Batch -> float32 [n, D]. Raises torch.OutOfMemoryError, ModelError for vectors of another size."""
+        inputs = {name: self._to_device(tensor) for name, tensor in batch.tensors.items()}
+        vectors = self._towers[batch.modality](inputs)
+        if vectors.ndim != 2 or vectors.shape[1] != self._plan.embedding_size:
+            raise ModelError(
+                f"the model gave vectors of shape {tuple(vectors.shape)}, not [n, {self._plan.embedding_size}]"
+            )
+        vectors = vectors.float()
+        if self._plan.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.cpu().numpy()
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(self.device, non_blocking=True)
+        if moved.dtype == torch.uint8 and self._normalize is not None:
+            moved = self._normalize(moved)
+        return moved.to(self._dtype) if moved.is_floating_point() else moved
+
+
+def load_model(model_class: Any, plan: EmbeddingPlan, device: torch.device, unused: Sequence[str] = ()) -> Any:
+    """`model_class.from_pretrained`, ready for inference on `device`.
+
+    unused  beginnings of the names of weights that are not needed, so that a checkpoint may lack them
+    Raises ModelError when other weights are missing: they would be random numbers.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    checkpoint = plan.checkpoint
+    model, info = model_class.from_pretrained(
+        checkpoint.directory,
+        dtype=getattr(torch, plan.dtype),
+        attn_implementation=plan.attn_implementation,
+        use_safetensors=None if checkpoint.allow_pickle else True,
+        trust_remote_code=checkpoint.trust_remote_code,
+        output_loading_info=True,
+    )
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith(tuple(unused)))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"-m {checkpoint.id}: it lacks weights that its vectors need ({missing[0]}{more}); "
+            f"it was saved as {', '.join(checkpoint.config.architectures or ['another class'])}"
+        )
+    return model.to(device).eval()
+
+
+def _stack(arrays: Sequence[np.ndarray], fill: int, left: bool) -> np.ndarray:
+    """Arrays as one, padded along their first axis to the longest."""
+    longest = max(len(a) for a in arrays) if arrays[0].ndim else 0
+    if all(a.ndim == 0 or len(a) == longest for a in arrays):
+        return np.stack(arrays)
+    out = np.full((len(arrays), longest, *arrays[0].shape[1:]), fill, dtype=arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        if left:
+            row[longest - len(array) :] = array
+        else:
+            row[: len(array)] = array
+    return out
+
+
+def _paddings(plan: EmbeddingPlan) -> dict[Modality, Padding]:
+    if plan.inputs.text is None:
+        return {}
+    tokenizer = open_tokenizer(plan.checkpoint)
+    values = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    return {"text": Padding(values, tokenizer.padding_side == "left")}
+
+
+def _normalization(plan: EmbeddingPlan) -> Normalize | None:
+    try:
+        return Normalize.of(open_image_processor(plan.checkpoint))
+    except (AttributeError, TypeError):
+        # A processor of its own kind: the workers send what it gives, already normalised.
+        return None
