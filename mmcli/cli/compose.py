@@ -19,6 +19,7 @@ from mmcli.cli.options import (
 )
 from mmcli.cli.parse import Problems
 from mmcli.cli.signals import Signals
+from mmcli.core.errors import ConfigError
 from mmcli.core.job import Job
 from mmcli.core.protocols import ModelPlan, Snapshot, Source, Task
 from mmcli.core.report import Report
@@ -200,7 +201,17 @@ def _check_output(output: OutputArguments, problems: Problems) -> None:
         return
     from mmcli.sinks.formats import format_for
 
-    problems.collect(format_for, output.output, output.format)
+    format_name = problems.collect(format_for, output.output, output.format)
+    if output.retry_errors and format_name is not None:
+        problems.collect(_check_exists, output.output, format_name)
+
+
+def _check_exists(out: str, format_name: str) -> None:
+    from mmcli.sinks.place import Place
+
+    place = Place.of(out, format_name)
+    if not (place.metadata if place.folder else place.out).exists() and not place.staging.exists():
+        raise ConfigError(f"--retry-errors: there is no {out} yet; the first time, run without it")
 
 
 def _check_place(output: OutputArguments) -> None:

@@ -41,7 +41,7 @@ class Messages:
 
     def summary(self, report: Report, output: str, *, as_json: bool, outcome: Outcome) -> None:
         """The last words: a few lines for a person, and one JSON line with --json."""
-        if report.rows_total is not None or report.done:
+        if report.done or report.resumed or outcome.reason is None:
             for line in summary_lines(report, output):
                 self.note(line)
         data: dict[str, Any] = {"output": output, "exit_code": outcome.exit_code, "error": outcome.reason}
@@ -118,14 +118,14 @@ def summary_lines(report: Report, output: str) -> list[str]:
         codes = ", ".join(f"{n:,} {code}" for code, n in report.errors.most_common())
         facts.append(f"{report.error_rows:,} errors ({codes})")
     if report.resumed:
-        facts.append(f"{report.resumed:,} of them from the interrupted run")
+        facts.append(f"{report.resumed:,} of them from before")
     if report.reused:
         facts.append(f"{report.reused:,} reused")
+    lines = [f"{'stdout' if output == '-' else output}: {', '.join(facts)}"]
+    if not report.done:
+        return lines
     rate = report.done / max(report.wall_s, 1e-9)
-    lines = [
-        f"{output}: {', '.join(facts)}",
-        f"{_duration(report.wall_s)}, {_rate(rate)} rows/s · {_split(report)}",
-    ]
+    lines.append(f"{_duration(report.wall_s)}, {_rate(rate)} rows/s · {_split(report)}")
     if limit := report.limited_by():
         lines[-1] += f" · limited by {limit}"
     return lines

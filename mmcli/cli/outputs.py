@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmcli import __version__
 from mmcli.cli.compose import Prepared
+from mmcli.cli.retry import check_inputs
 from mmcli.cli.run import Target, announce, check_budget, list_inputs, run_engine
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
 from mmcli.core.protocols import Snapshot
@@ -24,8 +25,9 @@ def run_to_output(prepared: Prepared) -> int:
         announce(prepared, snapshot)
         layout = Layout.of(prepared.planned.task, prepared.source)
         spec = RunSpec(prepared.job(snapshot), layout.schema, format_name, {"mmcli_version": __version__})
-        mode = _mode(prepared)
-        staging.open(spec, mode)
+        if output.retry_errors:
+            check_inputs(staging.place, spec, prepared.source)
+        staging.open(spec, _mode(prepared))
         _resume(prepared, staging)
         if staging.complete:
             prepared.messages.note(f"{output.output} is complete already; nothing to compute")
@@ -46,7 +48,7 @@ def _resume(prepared: Prepared, staging: Staging) -> None:
     report = prepared.report
     report.errors.update(staging.errors)
     report.resumed = report.committed = (report.rows_total or 0) if staging.complete else staging.next_row
-    if staging.next_row and not staging.complete:
+    if staging.next_row:
         prepared.messages.note(f"{staging.next_row:,} rows are there from an interrupted run; going on")
     check_budget(prepared)
 

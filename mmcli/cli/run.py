@@ -96,8 +96,10 @@ def check_budget(prepared: Prepared) -> None:
     """Raise ErrorBudgetExceeded when what is there already holds too many error rows."""
     from mmcli.engines.local import ErrorBudget
 
-    if ErrorBudget(*prepared.limits.max_errors).exceeded(prepared.report):
-        raise _over_budget(prepared)
+    try:
+        ErrorBudget(*prepared.limits.max_errors).check(prepared.report)
+    except ErrorBudgetExceeded as error:
+        raise _over_budget(prepared) from error
 
 
 def _over_budget(prepared: Prepared) -> ErrorBudgetExceeded:
