@@ -9,6 +9,7 @@ import typer
 
 from mmcli import __version__
 from mmcli.cli.embed import embed
+from mmcli.cli.inspect import inspect
 from mmcli.core.errors import ConfigError, ExitCode
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 app.command("embed")(embed)
+app.command("inspect")(inspect)
 
 
 def _version(value: bool) -> None:
