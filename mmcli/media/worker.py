@@ -147,6 +147,9 @@ def main(control: socket.socket) -> None:
 
 
 def _open(plan: ModelPlan, options: DecodeOptions) -> BlockDecoder:
+    from mmcli.media.decode import warm_up
+
+    warm_up(options.modalities)
     return BlockDecoder(plan.open_processor(), options)
 
 

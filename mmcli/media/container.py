@@ -1,0 +1,104 @@
+"""Opening audio and video containers with PyAV (FFmpeg): a list of formats, no other file, no network."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmcli.core.errors import RowError
+from mmcli.core.records import Modality
+from mmcli.media.complete import check_complete, known_magic
+
+# Demuxers of FFmpeg that may be used. None of them opens a second file (playlists, concat, image sequences and
+# scripts do), and each has a magic number or a structure that FFmpeg's probing recognises.
+FORMATS = (
+    "wav", "w64", "aiff", "au", "caf", "flac", "mp3", "ogg", "aac", "ac3", "eac3", "dts", "amr", "ape", "wv", "tta",
+    "mov", "matroska", "avi", "mpeg", "mpegvideo", "mpegts", "flv", "asf",
+)  # fmt: skip
+
+
+def load_library() -> Any:
+    """PyAV, silent: what FFmpeg would print about a broken file is told by its error row."""
+    import av
+    import av.logging
+
+    av.logging.set_level(None)
+    return av
+
+
+@contextmanager
+def open_container(file: io.FileIO | io.BytesIO) -> Iterator[Any]:
+    """The `av.container.InputContainer` of an open file, from its beginning.
+
+    Raises RowError: `truncated` (before FFmpeg sees it: it has crashed on such files), `unsupported_format`
+    (not one of FORMATS), `corrupt`, `io`; also for what FFmpeg or PyAV raises inside of the `with` block.
+    """
+    av = load_library()
+    check_complete(file)
+    file.seek(0)
+    try:
+        container = _open(av, file)
+    except av.error.FFmpegError as error:
+        raise _row_error(av, error, file) from error
+    try:
+        yield container
+    except av.error.FFmpegError as error:
+        raise RowError("corrupt", f"broken {container.format.name} file: {error.strerror}") from error
+    finally:
+        container.close()
+
+
+def modality(file: io.FileIO | io.BytesIO) -> Modality:
+    """Whether the file is a video (it has moving pictures) or audio. Raises RowError as `open_container` does."""
+    with open_container(file) as container:
+        if best_stream(container, "video") is not None:
+            return "video"
+        if best_stream(container, "audio") is not None:
+            return "audio"
+    raise RowError("unsupported_format", "the file has neither sound nor moving pictures")
+
+
+def best_stream(container: Any, kind: str) -> Any | None:
+    """FFmpeg's choice among the `kind` ("audio" or "video") streams; a cover picture is no video."""
+    stream = container.streams.best(kind)
+    if stream is not None and _is_picture(stream):
+        others = [s for s in container.streams if s.type == kind and not _is_picture(s)]
+        stream = others[0] if others else None
+    return stream
+
+
+def prepare(stream: Any, **options: str) -> None:
+    """One thread (a worker per core is enough), and FFmpeg's codec `options`, before the stream is decoded."""
+    if stream.codec_context is None:
+        raise RowError("unsupported_format", f"FFmpeg has no decoder for this {stream.type} stream")
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = options
+
+
+def _open(av: Any, file: io.FileIO | io.BytesIO) -> Any:
+    return av.open(
+        file,
+        container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
+        io_open=_refuse,
+        metadata_errors="replace",  # Latin-1 tags are common, and not ours to read
+        buffer_size=1 << 17,
+    )
+
+
+def _refuse(url: str, flags: int, options: dict[str, Any]) -> Any:
+    raise PermissionError("media files may not open other files")
+
+
+def _is_picture(stream: Any) -> bool:
+    return "attached_pic" in str(stream.disposition).lower()
+
+
+def _row_error(av: Any, error: Any, file: io.FileIO | io.BytesIO) -> RowError:
+    file.seek(0)
+    head = file.read(64)
+    # EINVAL: FFmpeg recognised a format that is not on the list.
+    if isinstance(error, av.error.ArgumentError) or not known_magic(head):
+        return RowError("unsupported_format", f"not audio or video of a known format (begins with {head[:8]!r})")
+    return RowError("corrupt", f"broken audio or video file: {error.strerror}")

@@ -1,0 +1,104 @@
+"""One medium -> what it is and its decoded content. Goes by content; a name only breaks ties."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from mmcli.core.errors import RowError
+from mmcli.core.extensions import guess_modality
+from mmcli.core.records import DecodeOptions, Media, Modality, Payload
+from mmcli.media.files import open_media
+
+# The decoders are imported where they are first used: a run over texts starts without Pillow and FFmpeg.
+
+File = io.FileIO | io.BytesIO
+# Enough for every magic number, and to tell text from binary.
+_HEAD = 4096
+
+
+def warm_up(modalities: Iterable[Modality]) -> None:
+    """Import what decoding these modalities needs: called before workers are forked, which then share it."""
+    wanted = set(modalities)
+    if "image" in wanted:
+        from mmcli.media import image
+
+        image.load_plugins()
+    if wanted & {"audio", "video"}:
+        from mmcli.media import audio, container, video  # noqa: F401
+
+        container.load_library()
+    if "audio" in wanted:
+        import torchaudio.functional  # noqa: F401
+
+
+def decode(media: Media, options: DecodeOptions) -> tuple[Modality, Payload]:
+    """What the medium is, and its content: a str, uint8 [H, W, 3] RGB, an Audio or a Video.
+
+    A modality that the manifest gives is obeyed. Otherwise the content decides: a text, unless it is named as
+    another medium; a picture (an animation too, by its first frame); a video (a file with moving pictures); or
+    audio (cover art is no video). A model that takes audio and no video gets a video's sound track.
+
+    Raises RowError with the codes of contracts.md section 3; `unsupported_format` for a modality that the
+    model does not take.
+    """
+    if media.text is not None:
+        _require("text", options)
+        return "text", media.text
+    if media.modality is not None:
+        _require(media.modality, options)
+    with open_media(media, options.max_bytes) as file:
+        try:
+            return _decode(media, file, options)
+        except OSError as error:
+            raise RowError("io", f"cannot read the file: {error.strerror or error}") from error
+
+
+def _decode(media: Media, file: File, options: DecodeOptions) -> tuple[Modality, Payload]:
+    head = file.read(_HEAD)
+    file.seek(0)
+    modality = media.modality or _modality(media, file, head)
+    if modality == "video" and "video" not in options.modalities and "audio" in options.modalities:
+        modality = "audio"
+    _require(modality, options)
+    if not head and modality != "text":
+        raise RowError("truncated", "the file is empty")
+    match modality:
+        case "text":
+            from mmcli.media.text import decode_text
+
+            return modality, decode_text(file.read())
+        case "image":
+            from mmcli.media.image import decode_image
+
+            return modality, decode_image(file.read(), options)
+        case "audio":
+            from mmcli.media.audio import decode_audio
+
+            return modality, decode_audio(file, options)
+        case "video":
+            from mmcli.media.video import decode_video
+
+            return modality, decode_video(file, options)
+
+
+def _modality(media: Media, file: File, head: bytes) -> Modality:
+    """What the file is. Text comes first: no picture, sound or video is UTF-8 (or UTF-16) without NUL."""
+    from mmcli.media import complete, container, image, text
+
+    named = guess_modality(media.file or "")
+    if named in (None, "text") and text.looks_like_text(head) and (head or named):
+        return "text"
+    if not head:
+        raise RowError("truncated", "the file is empty")
+    if image.sniff(head):
+        return "image"
+    if named == "text" and not complete.known_magic(head):
+        return "text"  # whose decoder says what is wrong with it
+    return container.modality(file)
+
+
+def _require(modality: Modality, options: DecodeOptions) -> None:
+    if modality not in options.modalities:
+        takes = " and ".join(sorted(options.modalities)) or "nothing"
+        raise RowError("unsupported_format", f"this is {modality}; the model takes {takes}")
