@@ -36,6 +36,21 @@ class Padding:
     left: bool = False
 
 
+class PendingVectors:
+    """Vectors [n, D] on their way from a CUDA device: the host goes on while it computes and copies."""
+
+    def __init__(self, vectors: torch.Tensor) -> None:
+        self._host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        self._host.copy_(vectors, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(vectors.device))
+
+    def result(self) -> np.ndarray:
+        """Wait for them: float32 [n, D]. Raises RuntimeError when the device has failed meanwhile."""
+        self._done.synchronize()
+        return self._host.numpy()
+
+
 class TorchRunner:
     """See mmcli.core.protocols.Runner."""
 
@@ -75,7 +90,7 @@ class TorchRunner:
         return Batch(modality, tensors)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> np.ndarray:
+    def forward(self, batch: Batch) -> np.ndarray | PendingVectors:
         """Batch -> float32 [n, D]. Raises torch.OutOfMemoryError, ModelError for vectors of another size."""
         inputs = {name: self._to_device(tensor) for name, tensor in batch.tensors.items()}
         vectors = self._towers[batch.modality](inputs)
@@ -86,7 +101,7 @@ class TorchRunner:
         vectors = vectors.float()
         if self._plan.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors.cpu().numpy()
+        return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.to(self.device, non_blocking=True)
