@@ -42,8 +42,7 @@ class PendingVectors:
     def __init__(self, vectors: torch.Tensor) -> None:
         self._host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
         self._host.copy_(vectors, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(vectors.device))
+        self._done = torch.cuda.current_stream(vectors.device).record_event()
 
     def result(self) -> np.ndarray:
         """Wait for them: float32 [n, D]. Raises RuntimeError when the device has failed meanwhile."""
