@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from mmcli import __version__
+from mmcli.cli.command import Command
 from mmcli.cli.embed import embed
 from mmcli.cli.inspect import inspect
-from mmcli.core.errors import ConfigError, ExitCode
+from mmcli.core.errors import ConfigError, ExitCode, one_line
 
 app = typer.Typer(
     name="mmcli",
     help="Batch work with multimodal transformer models: folders and manifests in, tables out.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-app.command("embed")(embed)
-app.command("inspect")(inspect)
+VARIABLES = "Every option is also a variable: --batch-size is MMCLI_BATCH_SIZE. The command line wins."
+
+# name -> (function, one line of help)
+COMMANDS = {
+    "embed": (embed, "One vector per image, sound, clip or text."),
+    "inspect": (inspect, "What an output holds."),
+}
+for _name, (_function, _line) in COMMANDS.items():
+    app.command(_name, cls=Command, short_help=_line, epilog=VARIABLES)(_function)
 
 
 def _version(value: bool) -> None:
@@ -60,5 +68,10 @@ def invoke(arguments: Sequence[str]) -> int:
 def _usage_error(error: Exception) -> ConfigError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "mmcli"
-    message = error.format_message()  # type: ignore[attr-defined]
-    return ConfigError(message or "nothing to do", hint=f"{path} --help")
+    message = one_line(error.format_message(), 2000)  # type: ignore[attr-defined]
+    if message == "Missing command.":
+        message = f"no command given; it is one of {', '.join(sorted(COMMANDS))}"
+    near = re.search(r" \(Possible options: (.*)\)|\. Did you mean '(.*)'\?", message)
+    if near is not None:
+        message = f"{message[: near.start()]}; did you mean {near[1] or near[2]}?"
+    return ConfigError(message[:1].lower() + message[1:].removesuffix("."), hint=f"{path} --help")

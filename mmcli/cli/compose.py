@@ -95,6 +95,7 @@ Planner = Callable[[Problems], Planned | None]
 
 def embed_plan(arguments: Arguments, embedding: EmbeddingArguments, problems: Problems) -> Planned | None:
     """Resolve the model of `mmcli embed` and say what its vectors are."""
+    from mmcli.models.device import check_device, choose_dtype
     from mmcli.models.options import ModelOptions
     from mmcli.models.resolve import resolve
     from mmcli.tasks.embed import Embed
@@ -102,6 +103,8 @@ def embed_plan(arguments: Arguments, embedding: EmbeddingArguments, problems: Pr
     model = arguments.model
     dtype = problems.collect(parse.choice, "--embedding-dtype", embedding.embedding_dtype, ("float32", "float16"))
     frames = problems.collect(parse.number, "--frames", embedding.frames, 1)
+    problems.collect(check_device, model.device)
+    problems.collect(choose_dtype, model.dtype)
     if not model.model:
         problems.add("no model given; add -m MODEL, a local directory or a hub id (openai/clip-vit-base-patch32)")
         return None

@@ -37,9 +37,7 @@ INPUT_HELP = "Folders, files, 'quoted/*.globs', manifests (.parquet .jsonl .csv 
 class InputArguments:
     """What to read."""
 
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", help=INPUT_HELP, show_default=False)] = (
-        None
-    )
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT", help=INPUT_HELP, show_default=False)] = None
     glob: Annotated[
         list[str] | None,
         _option(INPUTS, "--glob", "PATTERN", "Only files of a folder that match, e.g. '*.jpg'. Repeatable."),

@@ -36,7 +36,7 @@ class Problems:
     def check(self) -> None:
         """Raise all that was collected."""
         if self.lines:
-            raise ConfigError(self.lines, hint=self.hint)
+            raise ConfigError(list(dict.fromkeys(self.lines)), hint=self.hint)
 
 
 def duration(option: str, text: str) -> float:
