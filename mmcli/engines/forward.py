@@ -52,15 +52,18 @@ class Forward:
     length of the longest sample, so that one long sound does not make batches of short ones small. Samples come
     longest first. `collate` may be called from another thread; everything else belongs to one thread.
 
-    failures  inputs that have failed since the model last worked: until it works again, or `settle` returns,
-              it is not known whether they or the model are at fault
+    known_to_work  an earlier run has finished rows with this model
+    failures       inputs that have failed since the model last worked: until it works again, or `settle` returns,
+                   it is not known whether they or the model are at fault
     """
 
-    def __init__(self, runner: Runner, report: Report, batch_size: int) -> None:
+    def __init__(self, runner: Runner, report: Report, batch_size: int, known_to_work: bool = False) -> None:
         self._runner, self._report, self._batch_size = runner, report, batch_size
+        self._known_to_work = known_to_work
         self._limits: dict[Modality, int] = {}
         self._collating = threading.Lock()
         self._good: Sample | None = None
+        self._last: RowError | None = None
         self.failures = 0
 
     def max_cost(self, longest: Sample) -> int:
@@ -118,11 +121,15 @@ class Forward:
                 return outputs
         return self._failed(samples, failure)
 
-    def settle(self) -> None:
-        """Find out whether the latest failures are the inputs' fault. Raises ModelError when they are not."""
-        if self.failures and self._good is not None:
-            self._probe()
-        elif self.failures and self._last.code != "oom":
+    def settle(self, at_end: bool = False) -> None:
+        """Find out whether the latest failures are the inputs' fault. Raises ModelError when they are not.
+
+        A model that has failed on all inputs until the end is at fault, unless it is known to work.
+        """
+        if self._good is not None:
+            if self.failures:
+                self._probe()
+        elif at_end and self._last is not None and self._last.code != "oom" and not self._known_to_work:
             raise ModelError(f"the model failed on all its inputs: {self._last.message}")
         self.failures = 0
 

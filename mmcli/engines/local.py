@@ -154,7 +154,8 @@ class _Run:
         writer: PartWriter | None = None
         try:
             with report.timed("load"):
-                forward = Forward(work.plan.load(), report, self.options.batch_size)
+                known_to_work = work.start_row > 0 or work.previous is not None
+                forward = Forward(work.plan.load(), report, self.options.batch_size, known_to_work)
             layout = Layout.of(work.task, work.source)
             writer = PartWriter(work.output, layout, self.options.parts, report, work.start_row)
             threading.Thread(target=self._collate, args=(forward,), name="mmcli-collate", daemon=True).start()
@@ -210,7 +211,7 @@ class _Run:
                 continue
             if arrived is None:
                 windows.check_empty()
-                yield windows.flush(), True
+                yield windows.flush(), False
                 return
             for window in windows.add(arrived):
                 yield window, False
@@ -231,7 +232,7 @@ class _Run:
             elif ready is not None:
                 outputs = forward.finish(launched) if launched is not None else []
                 self._complete(ready, outputs, forward, writer)
-        forward.settle()
+        forward.settle(at_end=True)
         self._release_held(writer)
 
     def _next(self, wait: bool) -> _Ready | None:

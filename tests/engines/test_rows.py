@@ -1,0 +1,209 @@
+"""One row in, one row out, in order: whatever the rows, the batches, the workers and the failures."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_runs import (
+    D,
+    Collected,
+    ListSource,
+    PartLimits,
+    expected_row,
+    plan,
+    run_engine,
+    text_record,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmcli.core.errors import ModelError, RowError
+from mmcli.core.records import Media, Record
+from mmcli.engines.batching import Windows
+from mmcli.models.fake import fake_vector
+
+TEXTS = st.sampled_from(["raise", "nan", "fail"]) | st.text("abcé ", min_size=1, max_size=60)
+BAD = RowError("bad_row", "no such column", stage="source")
+
+
+@st.composite
+def record_lists(draw, max_size=60):
+    """Text records of one or two slots; good ones, and all ways to fail."""
+    slots = draw(st.sampled_from([1, 1, 2]))
+    row = st.just((BAD,)) | st.tuples(*[TEXTS] * slots)
+    return slots, [text_record(i, *texts) for i, texts in enumerate(draw(st.lists(row, max_size=max_size)))]
+
+
+def expected_rows(slots: int, records: list[Record]):
+    rows = [expected_row(r) for r in records]
+    return [(i, code, (None,) * slots if code else vectors) for i, code, vectors in rows]
+
+
+def broken_for_all(records: list[Record]) -> bool:
+    """Whether the model is asked, and fails each time."""
+    asked = [r for r in records if r.media and all(m.text != "raise" for m in r.media)]
+    failing = [all(m.text == "fail" for m in r.media) for r in asked]
+    return bool(asked) and all(failing)
+
+
+SLOTS = {1: ("",), 2: ("text", "title")}
+SHAPES = {
+    "batch_size": st.integers(1, 9),
+    "window": st.integers(1, 40),
+    "part_rows": st.integers(1, 50),
+    "oom": st.none() | st.integers(1, 6),
+}
+
+
+@given(inputs=record_lists(), **SHAPES)
+@settings(max_examples=150, deadline=None)
+def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom):
+    slots, records = inputs
+    output = Collected()
+    arguments = {"batch_size": batch_size, "window": window, "parts": PartLimits(rows=part_rows)}
+    if broken_for_all(records):
+        with pytest.raises(ModelError, match="failed on all its inputs: .* told to fail"):
+            run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom), **arguments)
+        return
+    report = run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom), **arguments)
+    assert output.rows() == expected_rows(slots, records)
+    assert [t.column("number").to_pylist() for t in output.tables] == [
+        list(range(i, min(i + part_rows, len(records)))) for i in range(0, len(records), part_rows)
+    ]
+    assert report.done == report.committed == len(records)
+    assert report.error_rows == sum(code is not None for _, code, _ in output.rows())
+
+
+@given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
+@settings(max_examples=12, deadline=None)
+def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, window, part_rows, oom):
+    slots, records = inputs
+    records.append(text_record(len(records), *["always one that works"] * slots))
+    output = Collected()
+    parts = PartLimits(rows=part_rows)
+    source = ListSource(records, SLOTS[slots])
+    run_engine(source, output, plan(oom=oom), workers=workers, batch_size=batch_size, window=window, parts=parts)
+    assert output.rows() == expected_rows(slots, records)
+
+
+@given(inputs=record_lists(), kills=st.lists(st.integers(0, 4), max_size=6), data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_a_run_that_is_broken_off_at_any_commit_goes_on_where_it_was(inputs, kills, data):
+    slots, records = inputs
+    records.insert(0, text_record(0, *["always one that works"] * slots))
+    records = [Record(i, f"id{i}", None, r.media, (i,), r.error) for i, r in enumerate(records)]
+    output = Collected()
+    for kill in [*kills, None]:
+        output.fail_at = None if kill is None else len(output.tables) + kill
+        shape = {name: data.draw(SHAPES[name]) for name in ("batch_size", "window")}
+        parts = PartLimits(rows=data.draw(SHAPES["part_rows"]))
+        before = output.committed
+        try:
+            report = run_engine(ListSource(records, SLOTS[slots]), output, parts=parts, **shape)
+        except OSError:
+            assert kill is not None
+            assert output.committed >= before
+        else:
+            assert report.done == output.committed - before
+    assert output.rows() == expected_rows(slots, records)
+
+
+# -- modalities ------------------------------------------------------------------------------------------------
+
+
+@cache
+def picture(number: int) -> tuple[np.ndarray, bytes]:
+    """A small picture: its pixels and its PNG."""
+    shape = (1 + number % 7, 1 + number % 5, 3)
+    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return pixels, file.getvalue()
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 40), TEXTS), min_size=1, max_size=40),
+    batch_size=st.integers(1, 9),
+    missing=st.sets(st.integers(0, 39)),
+)
+@settings(max_examples=40, deadline=None)
+def test_pictures_and_texts_of_one_record_stay_together(pairs, batch_size, missing):
+    records, rows = [], []
+    for row, (number, text) in enumerate([*pairs, (0, "works")]):
+        pixels, png = picture(number)
+        image = Media("image", file="/nowhere/at all.png") if row in missing else Media("image", data=png)
+        records.append(Record(row, f"id{row}", None, (image, Media("text", text=text)), (row,)))
+        code = "not_found" if row in missing else expected_row(text_record(row, text))[1]
+        vectors = fake_vector("image", pixels, D), fake_vector("text", text, D)
+        rows.append((f"id{row}", code, (None, None) if code else tuple(tuple(v.tolist()) for v in vectors)))
+    output = Collected()
+    run_engine(ListSource(records, ("image", "text")), output, batch_size=batch_size)
+    assert output.rows() == rows
+    assert set(output.tables[0].column("modality").to_pylist()) <= {"image+text"}
+
+
+@given(numbers=st.lists(st.integers(0, 40) | TEXTS, min_size=1, max_size=60), batch_size=st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_pictures_between_texts_keep_their_places(numbers, batch_size):
+    records, rows = [], []
+    for row, number in enumerate([*numbers, 0, "works"]):
+        if isinstance(number, str):
+            records.append(text_record(row, number))
+            rows.append((*expected_row(records[-1]), "text"))
+        else:
+            pixels, png = picture(number)
+            records.append(Record(row, f"id{row}", None, (Media("image", data=png),), (row,)))
+            rows.append((f"id{row}", None, (tuple(fake_vector("image", pixels, D).tolist()),), "image"))
+    output = Collected()
+    run_engine(ListSource(records), output, batch_size=batch_size)
+    modalities = [m for t in output.tables for m in t.column("modality").to_pylist()]
+    assert [(*row, m) for row, m in zip(output.rows(), modalities, strict=True)] == rows
+
+
+def test_files_that_are_missing_or_empty_cost_their_row(tmp_path: Path):
+    (tmp_path / "good.txt").write_text("good")
+    names = ["good.txt", "missing.txt", "good.txt", "missing too.png"]
+    records = [Record(i, name, name, (Media(file=str(tmp_path / name)),), (i,)) for i, name in enumerate(names)]
+    output = Collected()
+    report = run_engine(ListSource(records), output)
+    assert [code for _, code, _ in output.rows()] == [None, "not_found", None, "not_found"]
+    assert output.tables[0].column("modality").to_pylist() == ["text", "text", "text", "image"]
+    assert report.errors == {"not_found": 2}
+
+
+# -- windows ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    start=st.integers(0, 50),
+    count=st.integers(0, 60),
+    size=st.integers(1, 20),
+    max_bytes=st.integers(1, 100),
+    weights=st.lists(st.integers(0, 40), min_size=110, max_size=110),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_windows_depend_on_rows_alone(start, count, size, max_bytes, weights, data):
+    from mmcli.engines.batching import Arrived
+
+    first = start - start % size
+    rows = [Arrived(text_record(i, "x"), (), weights[i]) for i in range(first, first + count)]
+
+    def cut(order):
+        windows = Windows(first, size, max_bytes)
+        found = [[r.record.row for r in w] for row in order for w in windows.add([row])]
+        found.append([r.record.row for r in windows.flush()])
+        windows.check_empty()
+        return found
+
+    in_order = cut(rows)
+    assert cut(data.draw(st.permutations(rows))) == in_order
+    assert [row for window in in_order for row in window] == [r.record.row for r in rows]
+    for window in in_order:
+        assert all(row % size for row in window[1:])
+        assert sum(weights[row] for row in window[:-1]) < max_bytes
