@@ -19,6 +19,7 @@ from mmcli.cli.options import (
 )
 from mmcli.cli.parse import Problems
 from mmcli.cli.signals import Signals
+from mmcli.cli.trio import check_torch_trio
 from mmcli.core.errors import ConfigError
 from mmcli.core.job import Job
 from mmcli.core.protocols import ModelPlan, Snapshot, Source, Task
@@ -123,6 +124,8 @@ def embed_plan(arguments: Arguments, embedding: EmbeddingArguments, problems: Pr
         allow_pickle=model.allow_pickle,
         exact_decode=embedding.exact_decode,
     )
+    if not model.model.startswith("fake:"):
+        check_torch_trio()
     plan = problems.collect(resolve, options)
     if plan is None or dtype is None:
         return None
