@@ -38,8 +38,10 @@ class Checkpoint:
     """A checkpoint whose small files are on disk.
 
     id         as the user named it
-    directory  where its files are
+    directory  where its config.json, processor and weights are
     revision   commit on the hub; None for a local directory
+    folders    all folders with files of the model, the outermost first, where there are more than `directory`
+               (sentence-transformers)
     """
 
     id: str
@@ -47,10 +49,20 @@ class Checkpoint:
     revision: str | None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    folders: tuple[Path, ...] = ()
 
-    def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, {} when it has none. Raises ConfigError when it is damaged."""
-        path = self.directory / name
+    @property
+    def root(self) -> Path:
+        """The outermost folder."""
+        return self._folders[0]
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self.folders or (self.directory,)
+
+    def json(self, name: str, folder: Path | None = None) -> dict[str, Any]:
+        """A JSON file in `directory` or `folder`, {} when there is none. Raises ConfigError when it is damaged."""
+        path = (folder or self.directory) / name
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -80,8 +92,10 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What identifies it: the commit of a hub checkpoint, else a digest of its weights."""
         identity = {"revision": self.revision} if self.revision else {"weights": self._weights_digest()}
+        # Its weights identify a local model wherever it lies; by its path a run could not go on from elsewhere.
+        name = self.id if self.revision else self.directory.resolve().name
         return {
-            "id": self.id,
+            "id": name,
             **identity,
             "processor": self._digest(PROCESSOR_FILES),
             "config": self._digest(["config.json"]),
@@ -90,30 +104,34 @@ class Checkpoint:
     def _weights_digest(self) -> str:
         digest = blake2b(digest_size=16)
         for path in self.weight_files():
-            digest.update(path.relative_to(self.directory).as_posix().encode())
+            digest.update(path.relative_to(self.root).as_posix().encode())
             _digest_weights(digest, path)
         return digest.hexdigest()
 
     def _digest(self, names: tuple[str, ...] | list[str]) -> str:
         digest = blake2b(digest_size=16)
-        for name in names:
-            path = self.directory / name
+        for path in (folder / name for folder in self._folders for name in names):
             if path.is_file():
-                content = path.read_bytes()
+                name, content = path.relative_to(self.root).as_posix(), path.read_bytes()
                 digest.update(b"%d %d " % (len(name), len(content)) + name.encode() + content)
         return digest.hexdigest()
 
     def weight_files(self) -> list[Path]:
-        """The weights on disk, in a fixed order."""
-        patterns = WEIGHT_FILES + (PICKLE_FILES if self.allow_pickle else ())
-        found = {p for pattern in patterns for p in self.directory.rglob(pattern) if p.is_file()}
-        return sorted(found)
+        """The weights on disk, in a fixed order; not those of subfolders (onnx/, checkpoint-500/)."""
+        return sorted({p for folder in self._folders for name in self._patterns for p in folder.glob(name)})
+
+    @property
+    def _patterns(self) -> tuple[str, ...]:
+        return WEIGHT_FILES + (PICKLE_FILES if self.allow_pickle else ())
 
     def fetch_weights(self) -> None:
         """Download what `open_checkpoint` has left on the hub. Raises ModelError, TryAgain."""
         if self.revision is not None:
-            patterns = list(WEIGHT_FILES + (PICKLE_FILES if self.allow_pickle else ()))
-            _snapshot(self.id, self.revision, patterns, offline=False)
+            for folder in self._folders:
+                place = folder.relative_to(self.root).as_posix()
+                patterns = [name if place == "." else f"{place}/{name}" for name in self._patterns]
+                # The hub's `*` matches any path, so those of the outermost folder match everywhere.
+                _snapshot(self.id, self.revision, patterns, offline=False, ignore="*/*" if place == "." else None)
             if not self.weight_files():
                 raise ModelError(f"-m {self.id}: {_no_safetensors(self.directory)}", hint="add --allow-pickle")
 
@@ -130,14 +148,15 @@ def open_checkpoint(options: ModelOptions) -> Checkpoint:
         _check_hub_id(name)
         directory = _snapshot(name, options.revision, list(SMALL_FILES), options.offline)
         checkpoint = Checkpoint(name, directory, directory.name, trust, pickle)
-    _check_files(checkpoint)
+    if not (checkpoint.directory / "modules.json").is_file():
+        check_files(checkpoint)
     return checkpoint
 
 
-def _check_files(checkpoint: Checkpoint) -> None:
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a directory that is no model, has no weights, or asks for its own code to be run."""
     config = checkpoint.json("config.json")
-    is_sentence = (checkpoint.directory / "modules.json").is_file()
-    if not config and not is_sentence:
+    if not config:
         raise ConfigError(
             f"-m {checkpoint.id}: it has no config.json; a model is a directory as save_pretrained writes it"
         )
@@ -181,7 +200,9 @@ def _near(name: str) -> str:
     return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str], offline: bool) -> Path:
+def _snapshot(
+    name: str, revision: str | None, patterns: list[str], offline: bool, ignore: str | None = None
+) -> Path:
     """The directory of a hub repository with the files that match. Raises ConfigError, TryAgain."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -194,7 +215,9 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], offline: boo
 
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore, local_files_only=offline
+        )
     except HFValidationError as error:
         raise ConfigError(f"-m {name}: neither a directory nor a hub id") from error
     except GatedRepoError as error:
