@@ -45,16 +45,21 @@ def available(checkpoint: Checkpoint, modality: Modality) -> bool:
 
 def max_tokens(checkpoint: Checkpoint, text_config: Any) -> int | None:
     """How many tokens a text may have: the model's positions or the tokenizer's limit, whichever is less."""
-    limits = []
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        if text_config.model_type in _POSITIONS_AFTER_PADDING:
-            positions -= (getattr(text_config, "pad_token_id", None) or 1) + 1
-        limits.append(positions)
     stated = checkpoint.json("tokenizer_config.json").get("model_max_length")
-    if isinstance(stated, int | float) and 0 < stated < _NO_LIMIT:
-        limits.append(int(stated))
-    return min(limits, default=None)
+    if not isinstance(stated, int | float) or not 0 < stated < _NO_LIMIT:
+        stated = None
+    return min((int(n) for n in (stated, max_positions(text_config)) if n is not None), default=None)
+
+
+def max_positions(text_config: Any) -> int | None:
+    """How many tokens have a position; None where there is no end."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if text_config.model_type in _POSITIONS_AFTER_PADDING:
+        padding = getattr(text_config, "pad_token_id", None)
+        positions -= (1 if padding is None else padding) + 1
+    return positions
 
 
 def min_image_size(checkpoint: Checkpoint) -> int | None:

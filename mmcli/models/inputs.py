@@ -51,13 +51,13 @@ class TextProcessor:
 
     def __init__(self, tokenizer: Any, spec: TextSpec) -> None:
         self._tokenizer, self._spec = tokenizer, spec
+        if spec.lower_case:
+            _lower_case(tokenizer)
         self._options: dict[str, Any] = {"truncation": spec.max_length is not None, "max_length": spec.max_length}
         if spec.padding == "max_length":
             self._options["padding"] = "max_length"
 
     def __call__(self, text: str) -> Sample:
-        if self._spec.lower_case:
-            text = text.strip().lower()
         try:
             encoded = self._tokenizer(self._spec.prefix + text, **self._options)
         except (TypeError, UnicodeError) as error:
@@ -212,6 +212,14 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code)
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Let the tokenizer lower-case texts first, special tokens in them excepted."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([Lowercase(), *filter(None, [backend.normalizer])])
 
 
 def open_image_processor(checkpoint: Checkpoint) -> Any:

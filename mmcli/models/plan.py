@@ -18,7 +18,7 @@ class TextSpec:
     max_length  longer texts are cut there, as the checkpoint's processor does
     padding     "longest": to the longest of a batch; "max_length": always to max_length (SigLIP was trained so)
     prefix      put before every text (a sentence-transformers prompt)
-    lower_case  texts are lower-cased and stripped first (an option of sentence-transformers)
+    lower_case  texts are lower-cased first (an option of sentence-transformers)
     """
 
     max_length: int | None
