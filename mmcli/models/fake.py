@@ -63,7 +63,7 @@ class FakeProcessor:
             _obey(payload)
         length = len(payload) if isinstance(payload, str) else 0
         vector = fake_vector(modality, payload, self.embedding_size)
-        if self.obey and payload in ("nan", "fail"):
+        if self.obey and isinstance(payload, str) and payload in ("nan", "fail"):
             vector[0] = np.nan if payload == "nan" else np.inf
         cost = len(payload.frames) if isinstance(payload, Video) else 1
         return Sample(modality, {"vector": vector}, length=length, cost=cost)

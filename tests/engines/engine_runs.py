@@ -114,12 +114,13 @@ def run_engine(
 ) -> Report:
     """Run, from the first row that `output` does not have; raises what the engine raises."""
     model = model or plan()
+    timeout_s = work.pop("timeout_s", 30.0)
     options = {n: work.pop(n) for n in ("time_limit_s", "budget") if n in work}
     report = work.pop("report", None) or Report()
     run(
         Work(
             source=source,
-            decoder=decoder_of(model, workers),
+            decoder=decoder_of(model, workers, timeout_s),
             plan=model,
             task=Embed(D),
             output=output,

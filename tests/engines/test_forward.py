@@ -184,7 +184,7 @@ class Breaking(Watching):
 
 def test_a_device_that_is_lost_ends_the_run_without_an_error_row():
     records, output, model = texts(1000), Collected(), plan()
-    with pytest.raises(ModelError, match="stopped working: .*illegal memory access") as caught:
+    with pytest.raises(ModelError, match=r"stopped working: .*illegal memory access") as caught:
         run_engine(ListSource(records), output, Watched(model, Breaking(model, Log())), batch_size=8, window=8)
     assert "same command" in (caught.value.hint or "")
     assert output.rows() == [expected_row(r) for r in records[: output.committed]]

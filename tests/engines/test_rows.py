@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_runs import (
-    D,
     Collected,
+    D,
     ListSource,
     PartLimits,
     expected_row,
@@ -67,7 +67,7 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom
     output = Collected()
     arguments = {"batch_size": batch_size, "window": window, "parts": PartLimits(rows=part_rows)}
     if broken_for_all(records):
-        with pytest.raises(ModelError, match="failed on all its inputs: .* told to fail"):
+        with pytest.raises(ModelError, match=r"failed on all its inputs: .* told to fail"):
             run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom), **arguments)
         return
     report = run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom), **arguments)

@@ -1,0 +1,433 @@
+"""The stages together: overlap, bounded memory, stops, budgets, live streams, rows of an earlier output."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from engine_runs import (
+    Collected,
+    D,
+    ErrorBudget,
+    ListSource,
+    PartLimits,
+    expected_row,
+    plan,
+    run_engine,
+    text_record,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, MmcliError, OutputError, RowError, Stopped, TryAgain
+from mmcli.core.records import Record, Sample
+from mmcli.core.report import Report
+from mmcli.engines.intake import MAX_BYTES
+from mmcli.engines.local import StopFlag
+from mmcli.models.fake import FakePlan, FakeProcessor, FakeRunner
+
+
+def texts(count: int) -> list[Record]:
+    return [text_record(i, f"text {i}") for i in range(count)]
+
+
+def expected(records: Sequence[Record]):
+    return [expected_row(r) for r in records]
+
+
+@dataclass(frozen=True)
+class Slow(FakePlan):
+    """The fake model with a processor that takes `row_ms` a row, or pretends to give `nbytes` of model inputs."""
+
+    row_ms: float = 0.0
+    nbytes: int = 0
+
+    def open_processor(self):
+        return self.process
+
+    def process(self, modality, payload) -> Sample:
+        time.sleep(self.row_ms / 1000)
+        sample = FakeProcessor(self.embedding_size, True)(modality, payload)
+        if self.nbytes:
+            sample.arrays["pixels"] = np.broadcast_to(np.uint8(0), (self.nbytes,))
+        return sample
+
+
+def slow(row_ms: float = 0.0, nbytes: int = 0, ms: float = 0.0) -> Slow:
+    return Slow(D, plan().decode, ms=ms, row_ms=row_ms, nbytes=nbytes)
+
+
+# -- overlap ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("decode_ms", "device_ms"), [(2, 20), (2.5, 10), (1, 20)])
+def test_decoding_and_the_device_overlap_when_a_window_is_one_batch(decode_ms, device_ms):
+    count, batch = 400, 8
+    records = texts(count)
+    report = Report()
+    model = slow(decode_ms, ms=device_ms)
+    run_engine(ListSource(records), Collected(), model, batch_size=batch, window=batch, report=report)
+    wall = report.wall_s
+    device, decode = report.seconds["forward"], report.seconds["process"]
+    assert decode + device > 1.25 * max(decode, device), "one after the other would take much longer"
+    # The first batch has to be decoded, the last one computed.
+    assert wall < 1.1 * max(decode, device) + 3 * batch * (decode_ms + device_ms) / 1000
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_decode_processes_and_the_device_overlap(workers):
+    records = texts(300)
+    report = Report()
+    model = slow(2, ms=20)
+    run_engine(ListSource(records), Collected(), model, batch_size=8, window=8, report=report, workers=workers)
+    assert report.first_result_s is not None
+    after_start = report.wall_s - report.first_result_s
+    # 37 batches of 20 ms; all of the decoding would take 600 ms more.
+    assert after_start < 1.2 * 37 * 0.020
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+class SlowOutput(Collected):
+    """Takes its time; notes how far the source was ahead of the rows that are safe."""
+
+    def __init__(self, source: ListSource, seconds: float) -> None:
+        super().__init__()
+        self.source, self.seconds, self.ahead = source, seconds, 0
+
+    def commit(self, table, start_row, signatures):
+        time.sleep(self.seconds)
+        self.ahead = max(self.ahead, self.source.read - self.committed)
+        super().commit(table, start_row, signatures)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("window", [8, 32])
+def test_the_source_is_not_read_far_ahead_of_a_slow_output(window, workers):
+    source = ListSource(texts(3000))
+    output = SlowOutput(source, 0.01)
+    run_engine(source, output, batch_size=8, window=window, workers=workers, parts=PartLimits(rows=window))
+    assert output.rows() == expected(texts(3000))
+    # In front of the model, waiting for the writer, and one part being written.
+    in_flight = max(2 * window + 4 * 8, (workers + 1) * 128)
+    assert output.ahead <= in_flight + 64 + 6 * window
+
+
+def test_large_model_inputs_are_bounded_by_their_size():
+    """60 rows of 32 MB: windows are cut early, and rows wait outside although none is large when read."""
+    records = texts(60)
+    source = ListSource(records)
+
+    output = Collected()
+    nbytes, done, ahead = 32 * 1024 * 1024, [0], []
+
+    class Runner(FakeRunner):
+        def forward(self, batch):
+            ahead.append(source.read - done[0])
+            done[0] += len(batch)
+            time.sleep(0.005)
+            return batch
+
+    class Model(Slow):
+        def load(self):
+            return Runner(self)
+
+    model = Model(D, plan().decode, nbytes=nbytes)
+    report = Report(rows_total=4)
+    run_engine(source, output, model, batch_size=64, window=512, report=report)
+    assert output.rows() == expected(records)
+    # 256 MB in the model, 512 MB on their way, and one block of the decoder.
+    assert max(ahead) <= MAX_BYTES / nbytes * 1.5 + 2
+    assert report.batches == 8
+
+
+# -- stops -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_commits_what_is_done_and_the_next_run_goes_on(workers):
+    records, output, stop, report = texts(2000), Collected(), StopFlag(), Report()
+    asked = []
+
+    def ask():
+        while report.done < 64:
+            time.sleep(0.01)
+        asked.append(time.perf_counter())
+        stop.request(ExitCode.TERMINATED)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(Stopped) as caught:
+        run_engine(ListSource(records), output, plan(ms=10), stop=stop, workers=workers, report=report)
+    assert caught.value.exit_code == ExitCode.TERMINATED
+    assert time.perf_counter() - asked[0] < 0.6
+    assert 0 < output.committed < 2000
+    assert output.rows() == expected(records[: output.committed])
+    run_engine(ListSource(records), output)
+    assert output.rows() == expected(records)
+
+
+def test_a_stop_while_a_decoder_hangs_does_not_wait_for_it():
+    records = [text_record(0, "hang"), *texts(50)[1:]]
+    stop = StopFlag()
+    threading.Timer(0.5, stop.request, [ExitCode.INTERRUPTED]).start()
+    start = time.perf_counter()
+    with pytest.raises(Stopped):
+        run_engine(ListSource(records), Collected(), stop=stop, workers=2)
+    assert time.perf_counter() - start < 1.5
+
+
+def test_a_decoder_that_hangs_or_dies_costs_its_row():
+    orders = {3: "hang", 20: "abort", 30: "segfault", 31: "exit"}
+    records = [text_record(i, orders.get(i, f"text {i}")) for i in range(60)]
+    output = Collected()
+    run_engine(ListSource(records), output, workers=2, timeout_s=0.5)
+    codes = {i: code for i, (_, code, _) in enumerate(output.rows()) if code}
+    assert codes == {3: "timeout", 20: "worker_crash", 30: "worker_crash", 31: "worker_crash"}
+
+
+def test_the_time_limit_commits_what_is_done():
+    records, output = texts(2000), Collected()
+    with pytest.raises(TryAgain, match=r"--time-limit of 0.3 s reached"):
+        run_engine(ListSource(records), output, plan(ms=10), time_limit_s=0.3)
+    assert 0 < output.committed < 2000
+    assert output.rows() == expected(records[: output.committed])
+
+
+def test_a_run_resumed_again_and_again_computes_no_batch_of_committed_rows():
+    records, output = texts(64), Collected(fail_at=0)
+    batches = 0
+    for _ in range(100):
+        report = Report()
+        try:
+            run_engine(
+                ListSource(records), output, batch_size=4, window=32, parts=PartLimits(rows=4), report=report
+            )
+            break
+        except OSError:
+            batches = report.batches
+            output.fail_at = (output.fail_at or 0) + 1
+    assert output.rows() == expected(records)
+    # 64 rows are 16 batches; the last run had 4 rows to compute. Sorted by length: those of its window that share
+    # a batch with them.
+    assert batches < 16
+    assert report.batches <= 2
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    bad=st.sets(st.integers(0, 99), max_size=20), allowed=st.integers(0, 20), percent=st.none() | st.floats(0, 20)
+)
+@settings(max_examples=60, deadline=None)
+def test_more_error_rows_than_the_budget_end_the_run(bad, allowed, percent):
+    records = [text_record(i, ["raise", "nan", "fail"][i % 3] if i in bad else f"{i}") for i in range(100)]
+    output = Collected()
+    budget = ErrorBudget(count=allowed) if percent is None else ErrorBudget(percent=percent)
+    limit = allowed if percent is None else percent
+    report = Report(rows_total=100)
+    if len(bad) > limit:
+        with pytest.raises(ErrorBudgetExceeded, match="more than --max-errors allows"):
+            run_engine(ListSource(records), output, budget=budget, report=report)
+        assert report.error_rows > limit
+        assert output.rows() == expected(records[: output.committed])
+    else:
+        run_engine(ListSource(records), output, budget=budget, report=report)
+        assert output.rows() == expected(records)
+
+
+def test_the_budget_ends_a_long_run_early():
+    source = ListSource([text_record(i, "raise") for i in range(100_000)])
+    with pytest.raises(ErrorBudgetExceeded, match=r"\d+ corrupt"):
+        run_engine(source, Collected(), budget=ErrorBudget(count=10))
+    assert source.read < 5000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fail_at", [0, 3])
+def test_a_failing_output_ends_the_run_and_leaves_what_is_committed(fail_at, workers):
+    source = ListSource(texts(5000))
+    output = Collected(fail_at=fail_at, error=OutputError("no space left"))
+    start = time.perf_counter()
+    with pytest.raises(OutputError, match="no space left"):
+        run_engine(source, output, workers=workers, parts=PartLimits(rows=40))
+    assert output.committed == 40 * fail_at
+    assert source.read < 2000
+    assert time.perf_counter() - start < 2
+
+
+def test_a_source_that_fails_ends_the_run_and_what_came_before_is_committed():
+    class Failing(ListSource):
+        def records(self, start=0):
+            for record in super().records(start):
+                if record.row == 500:
+                    raise MmcliError("the manifest is damaged at row 500")
+                yield record
+
+    output = Collected()
+    with pytest.raises(MmcliError, match="damaged at row 500"):
+        run_engine(Failing(texts(1000)), output)
+    assert output.rows() == expected(texts(1000)[: output.committed])
+
+
+# -- live streams ----------------------------------------------------------------------------------------------
+
+
+class LiveSource:
+    """Rows that a test feeds one by one; None is the end."""
+
+    slots: tuple[str, ...] = ("",)
+    keep = pa.schema([pa.field("number", pa.int64())])
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Record | None] = queue.Queue()
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        while (record := self.queue.get()) is not None:
+            yield record
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_row_of_a_live_stream_comes_out_before_the_next_goes_in(workers):
+    source, output = LiveSource(), Collected(immediate=True)
+    orders = ["first", "raise", "x", "fail", "nan", "last"]
+    records = [text_record(i, order) for i, order in enumerate(orders)]
+    runner = threading.Thread(
+        target=run_engine, args=(source, output), kwargs={"workers": workers, "batch_size": 64}, daemon=True
+    )
+    runner.start()
+    for row, record in enumerate(records):
+        source.queue.put(record)
+        deadline = time.monotonic() + 5
+        while output.committed <= row and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert output.committed == row + 1, f"row {row} did not come out"
+    source.queue.put(None)
+    runner.join(5)
+    assert not runner.is_alive()
+    assert output.rows() == expected(records)
+
+
+def test_a_live_stream_that_is_fast_is_batched():
+    source, output = LiveSource(), Collected(immediate=True)
+    records = texts(2000)
+    for record in [*records, None]:
+        source.queue.put(record)
+    report = run_engine(source, output, batch_size=32, window=32)
+    assert output.rows() == expected(records)
+    assert report.batches < 90
+
+
+def test_a_stop_does_not_wait_for_a_live_source():
+    source, stop = LiveSource(), StopFlag()
+    threading.Timer(0.2, stop.request, [ExitCode.INTERRUPTED]).start()
+    start = time.perf_counter()
+    with pytest.raises(Stopped):
+        run_engine(source, Collected(immediate=True), stop=stop, workers=1)
+    assert time.perf_counter() - start < 1.5
+
+
+def test_other_outputs_do_not_depend_on_when_rows_come():
+    class Stalling(ListSource):
+        def records(self, start=0):
+            for record in super().records(start):
+                time.sleep(0.12 if record.row % 7 == 3 else 0)
+                yield record
+
+    records = texts(30)
+    report = run_engine(Stalling(records), Collected(), batch_size=8, window=8)
+    assert report.batches == 4
+
+
+# -- rows of an earlier output ---------------------------------------------------------------------------------
+
+
+class Earlier:
+    """Finished rows by signature, as a sink gives them."""
+
+    def __init__(self, output: Collected) -> None:
+        self._table = pa.concat_tables(output.tables)
+        status = self._table.column("status").to_pylist()
+        self._rows = {s: i for i, s in enumerate(output.signatures) if s and status[i] == "ok"}
+
+    def take(self, signatures):
+        found = [(i, self._rows[s]) for i, s in enumerate(signatures) if s in self._rows]
+        if not found:
+            return [], None
+        return [i for i, _ in found], self._table.take([row for _, row in found])
+
+
+ORDERS = st.lists(st.sampled_from(["a", "bb", "ccc", "raise", "nan", "fail", "d", "ok"]), max_size=40)
+
+
+@given(before=ORDERS, after=ORDERS, window=st.integers(1, 30), batch_size=st.integers(1, 5), stop=st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_rows_of_an_earlier_output_are_taken_over_and_the_others_computed(before, after, window, batch_size, stop):
+    def renumbered(orders):
+        """Ids by content and count, so that equal inputs are recognised wherever they are."""
+        seen: dict[str, int] = {}
+        records = []
+        for row, order in enumerate([*orders, "ok"]):
+            seen[order] = seen.get(order, 0) + 1
+            record = text_record(row, order)
+            records.append(Record(row, f"{order}{seen[order]}", None, record.media, (1,)))
+        return records
+
+    first, output = Collected(), Collected()
+    run_engine(ListSource(renumbered(before)), first)
+    good = {r[0] for r in first.rows() if r[1] is None}
+    records = renumbered(after)
+    # Interrupted at some commit first.
+    output.fail_at = stop
+    for _ in range(2):
+        report = Report()
+        start = output.committed
+        try:
+            run_engine(
+                ListSource(records),
+                output,
+                batch_size=batch_size,
+                window=window,
+                previous=Earlier(first),
+                parts=PartLimits(rows=5),
+                report=report,
+            )
+            break
+        except OSError:
+            output.fail_at = None
+    assert output.rows() == expected(records)
+    assert report.reused == sum(r.id in good for r in records[start:])
+    assert report.done == len(records) - start
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_long_run_of_reused_rows_stays_bounded_and_never_locks_up(workers):
+    """Every other row is reused, and windows are far smaller than what is looked up at a time."""
+    count = 6000
+    old = [text_record(i, f"text {i}") for i in range(count)]
+    first = Collected()
+    run_engine(ListSource(old), first, batch_size=64)
+    records = [text_record(i, f"text {i}" if i % 2 else f"new {i}") for i in range(count)]
+    source = ListSource(records)
+    output = SlowOutput(source, 0.001)
+    report = run_engine(
+        source, output, batch_size=4, window=4, workers=workers, previous=Earlier(first), parts=PartLimits(rows=64)
+    )
+    assert output.rows() == expected(records)
+    assert report.reused == count // 2
+    assert output.ahead <= 1024 + 2 * 256 + 64
+
+
+def test_rows_that_the_source_could_not_read_stay_in_their_places():
+    bad = RowError("bad_row", "no", stage="source")
+    records = [text_record(i, bad if i % 3 == 0 else f"text {i}") for i in range(1000)]
+    output = Collected()
+    run_engine(ListSource(records), output, workers=2)
+    assert output.rows() == expected(records)
