@@ -93,7 +93,7 @@ class Checkpoint:
         """What identifies it: the commit of a hub checkpoint, else a digest of its weights."""
         identity = {"revision": self.revision} if self.revision else {"weights": self._weights_digest()}
         # Its weights identify a local model wherever it lies; by its path a run could not go on from elsewhere.
-        name = self.id if self.revision else self.directory.resolve().name
+        name = self.id if self.revision else self.root.resolve().name
         return {
             "id": name,
             **identity,
