@@ -12,15 +12,26 @@ def main() -> None:
     `os._exit`, once all is flushed: daemon threads that wait in a read, and the tear-down of CUDA and
     OpenMP, cannot delay or change the exit code of work that is already safe on disk.
     """
+    _open_standard_streams()
     from mmcli.cli.boundary import run
 
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except (OSError, ValueError):
             code = code or 141
     os._exit(code)
+
+
+def _open_standard_streams() -> None:
+    """A file that we open must not get the number of a closed stdin, stdout or stderr: libraries write there."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,11 @@ def report(error: MmcliError) -> None:
 
 def say(text: str) -> None:
     """A line on stderr; a closed stderr is nobody's loss."""
+    if sys.stderr is None:
+        return
     try:
         print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return
 
 

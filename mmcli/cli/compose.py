@@ -142,6 +142,11 @@ def prepare(
     problems = Problems()
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
+    if "-" in (arguments.inputs.inputs or ()):
+        if sys.stdin is None:
+            problems.add("input -: stdin is closed")
+        elif sys.stdin.isatty():
+            messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
     source = problems.collect(open_source, _source_options(arguments), sys.stdin.buffer if sys.stdin else None)
     planned = planner(problems)
     if source is not None and planned is not None:

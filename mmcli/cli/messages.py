@@ -59,7 +59,7 @@ class Progress:
 
     def __init__(self, report: Report, messages: Messages, *, enabled: bool) -> None:
         self._report, self._messages, self._enabled = report, messages, enabled
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name="mmcli-progress", daemon=True)
 
@@ -101,13 +101,19 @@ def progress_line(report: Report) -> str:
     """`1,200 of 10,000 rows · 240/s · 3 errors · ETA 0:36 · decode 40 % forward 55 % write 1 %`"""
     done = report.done + report.resumed
     total = report.rows_total
-    rate = report.done / max(report.wall_s, 1e-9)
+    rate = _recent_rate(report)
     parts = [f"{done:,} of {total:,} rows" if total is not None else f"{done:,} rows", f"{_rate(rate)}/s"]
     if report.error_rows:
         parts.append(f"{report.error_rows:,} errors")
     if total is not None and rate > 0:
         parts.append(f"ETA {_duration((total - done) / rate)}")
     return " · ".join([*parts, _split(report)])
+
+
+def _recent_rate(report: Report) -> float:
+    """Rows a second, once it runs without the time that loading the model took."""
+    running = report.wall_s - (report.first_result_s or 0.0)
+    return report.done / max(running if running > 5 else report.wall_s, 1e-9)
 
 
 def summary_lines(report: Report, output: str) -> list[str]:

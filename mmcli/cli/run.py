@@ -85,11 +85,21 @@ def announce(prepared: Prepared, snapshot: Snapshot) -> None:
     for note in snapshot.notes:
         prepared.messages.note(note)
     prepared.report.notes += snapshot.notes
+    _note_modalities(prepared, snapshot)
     if snapshot.rows == 0:
         text = "no inputs found in " + " ".join(prepared.arguments.inputs.inputs or ())
         if prepared.arguments.run.fail_on_empty:
             raise NothingToDo(text)
         prepared.messages.note(text)
+
+
+def _note_modalities(prepared: Prepared, snapshot: Snapshot) -> None:
+    """Inputs that the model cannot take become error rows: say so before it is loaded."""
+    plan = prepared.planned.plan
+    for modality, count in snapshot.modalities.items():
+        if modality is not None and count and modality not in plan.modalities:
+            takes = ", ".join(sorted(plan.modalities))
+            prepared.messages.note(f"{count:,} inputs are {modality} by name; this model takes {takes}")
 
 
 def check_budget(prepared: Prepared) -> None:

@@ -69,7 +69,8 @@ class Report:
             "decode": float(self.seconds["wait"]),
             "write": float(self.seconds["write_wait"]),
         }
-        if self.wall_s < 1 or not any(busy.values()):
+        # What is waited for before the first result is the start of processes and the model.
+        if self.first_result_s is None or self.wall_s - self.first_result_s < 1 or not any(busy.values()):
             return None
         return max(busy, key=lambda k: busy[k])
 
