@@ -137,17 +137,10 @@ def prepare(
     arguments: Arguments, planner: Planner, messages: Messages, report: Report, signals: Signals
 ) -> Prepared:
     """Check everything, all problems together. Raises ConfigError, or OutputError for a place that is no good."""
-    from mmcli.sources.open import open_source
-
     problems = Problems()
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
-    if "-" in (arguments.inputs.inputs or ()):
-        if sys.stdin is None:
-            problems.add("input -: stdin is closed")
-        elif sys.stdin.isatty():
-            messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
-    source = problems.collect(open_source, _source_options(arguments), sys.stdin.buffer if sys.stdin else None)
+    source = _source(arguments, messages, problems)
     planned = planner(problems)
     if source is not None and planned is not None:
         _check_modalities(source, planned.plan, str(arguments.model.model), problems)
@@ -156,6 +149,19 @@ def prepare(
     assert planned is not None
     _check_place(arguments.output)
     return Prepared(arguments, source, planned, messages, report, limits, signals)
+
+
+def _source(arguments: Arguments, messages: Messages, problems: Problems) -> Source | None:
+    from mmcli.sources.open import open_source
+
+    if "-" in (arguments.inputs.inputs or ()):
+        if sys.stdin is None:
+            problems.add("input -: stdin is closed")
+            return None
+        if sys.stdin.isatty():
+            messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
+    stdin = sys.stdin.buffer if sys.stdin is not None else None
+    return problems.collect(open_source, _source_options(arguments), stdin)
 
 
 def _source_options(arguments: Arguments) -> SourceOptions:
