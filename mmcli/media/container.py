@@ -92,7 +92,9 @@ def _refuse(url: str, flags: int, options: dict[str, Any]) -> Any:
 
 
 def _is_picture(stream: Any) -> bool:
-    return "attached_pic" in str(stream.disposition).lower()
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
 
 
 def _row_error(av: Any, error: Any, file: io.FileIO | io.BytesIO) -> RowError:

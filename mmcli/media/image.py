@@ -97,23 +97,22 @@ def _decode(data: bytes, kind: str, options: DecodeOptions) -> np.ndarray:
                 shortest = 2 * options.min_image_size
                 image.draft(None, (shortest, shortest))
         image.load()
-        return np.array(_rgb(_upright(image)))
+        turn, rgb = _turn(image), _rgb(image)
+        return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says (TIFF 6.0, tag 274), once loaded: PNG may have it last."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the picture has to be turned (EXIF tag 274). Call after `load`: a PNG may have its EXIF block last."""
     from PIL.Image import Transpose
 
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - whatever is wrong with the EXIF block, the picture is fine
-        return image
-    turns = {
+        return None
+    return {
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-    }  # fmt: skip
-    turn = turns.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    }.get(orientation)  # fmt: skip
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -123,7 +122,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if mode == "RGB" and "transparency" not in image.info:
         return image
     if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image), mode)).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if mode == "LAB":
         return _from_lab(image)
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -132,20 +131,21 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Greyscale of more than 8 bits -> uint8.
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Greyscale of more than 8 bits -> uint8 [H, W], 0 for black and 255 for white.
 
-    16-bit values are divided by 257 (65535 -> 255), floats in 0..1 multiplied by 255. Other ranges have no
-    white of their own: stretched from minimum to maximum, as picture viewers do.
+    White is 65535 in 16-bit pictures. 32-bit integers and floats do not say: the smallest of 1 (floats), 255
+    and 65535 that no value exceeds; values beyond, or below 0, are stretched from minimum to maximum, as
+    viewers do.
     """
-    grey = values.astype(np.float64)
+    grey = np.asarray(image).astype(np.float64)
     if not np.isfinite(grey).all():
         raise RowError("corrupt", "the picture has values that are not finite")
     low, high = float(grey.min()), float(grey.max())
-    if mode.startswith("I") and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    elif mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
+    whites = (65535,) if image.mode.startswith("I;16") or image.format == "PPM" else (255, 65535)
+    whites = (1, *whites) if image.mode == "F" else whites
+    if low >= 0 and high <= whites[-1]:
+        low, high = 0.0, next(float(white) for white in whites if high <= white)
     return np.rint((grey - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
 
 
@@ -179,7 +179,7 @@ def _row_error(error: Exception, data: bytes, kind: str) -> RowError:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, Image.DecompressionBombError):
-        return _bomb("too many pixels in one of its frames: " + str(error))
+        return _bomb("a frame with too many pixels: " + str(error).partition(",")[0])
     said = f"{kind}: {error}"
     if isinstance(error, UnidentifiedImageError):  # its message is the address of the BytesIO
         said = f"the header of the {kind} cannot be read"
@@ -191,6 +191,8 @@ def _row_error(error: Exception, data: bytes, kind: str) -> RowError:
 def _complete(data: bytes, kind: str) -> bool:
     """Whether a broken file at least has its end, where its format can tell."""
     match kind:
+        case "JPEG":
+            return b"\xff\xd9" in data
         case "PNG":
             return b"IEND" in data[-64:]
         case "GIF":

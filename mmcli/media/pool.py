@@ -26,6 +26,9 @@ BLOCKS_PER_WORKER = 2
 POLL_S = 0.2
 # How often the source is asked again while a worker has nothing to do.
 STARVED_S = 0.001
+# glibc returns freed memory above 128 KiB to the kernel, and every picture pays for fresh pages: with these a
+# 2000 x 1500 JPEG is decoded to an array in 16 ms instead of 36.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2)}
 # Workers that die one after the other without a single answer: the machine, not an input, is at fault.
 MAX_BARREN_DEATHS = 20
 
@@ -267,7 +270,7 @@ def _start_nursery() -> tuple[subprocess.Popen[bytes], socket.socket]:
         stdin=subprocess.DEVNULL,
         stdout=2,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env={**MALLOC, **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     theirs.close()
     return nursery, ours
