@@ -1,0 +1,24 @@
+"""Exactly once: however often a run is killed, the output is byte for byte that of an undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kill_runs import torture
+
+NAMES = ["out.parquet", "out.jsonl"]
+
+
+def test_a_few_signals(tmp_path: Path) -> None:
+    tally = torture(tmp_path, NAMES, kills=6, seed=1)
+    assert tally.kills.total() >= 6
+
+
+@pytest.mark.slow
+def test_two_hundred_signals(tmp_path: Path) -> None:
+    tally = torture(tmp_path, NAMES, kills=200, seed=1000, workers_of=(0, 0, 0, 1))
+    print(dict(tally.kills), dict(tally.found), f"{len(tally.tracebacks)} tracebacks")
+    assert tally.kills.total() >= 200
+    # Signals have met every stage of a run.
+    assert tally.found.keys() >= {"nothing", "staging", "parts", "complete"}
