@@ -216,8 +216,9 @@ def test_names_that_would_steer_a_terminal(cli: Cli, tmp_path: Path) -> None:
     assert ids[1] == r"\xff\xfe.txt"
 
 
-def test_progress_on_a_terminal(tmp_path: Path) -> None:
-    """It moves, it says how far it is, and the names of files never reach it."""
+@pytest.mark.parametrize("colour", [True, False])
+def test_progress_on_a_terminal(tmp_path: Path, colour: bool) -> None:
+    """It moves, it says how far it is, and the names of files never reach it. NO_COLOR is honoured."""
     folder = tmp_path / "\x1b]0;pwned\x07"
     folder.mkdir()
     rows = manifest(folder / "m.csv", 60)
@@ -233,7 +234,8 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
         "--batch-size",
         "1",
     ]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    environment |= {} if colour else {"NO_COLOR": "1"}
     with subprocess.Popen(command, stderr=theirs, env=environment) as child:
         os.close(theirs)
         seen = read_terminal(ours)
@@ -242,6 +244,7 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     shown = re.findall(rb"(\d+) of 60 rows", seen)
     assert len(set(shown)) >= 2
     assert b"60 rows, 60 ok" in seen
+    assert bool(re.search(rb"\x1b\[[0-9;]*3[0-9]", seen)) == colour
 
 
 def read_terminal(descriptor: int) -> bytes:
