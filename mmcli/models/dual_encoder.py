@@ -38,6 +38,7 @@ class DualEncoder:
     padding      of texts, as the type's processor does it
     max_length   where texts are cut, when the text tower's own limit is not it
     num_frames   where it has the frames of a clip that a video tower takes
+    first_token  it gives a vector per token, of which its contrastive loss takes the first
     model_class  the transformers class; None: AutoModel's
     """
 
@@ -47,6 +48,7 @@ class DualEncoder:
     padding: Literal["longest", "max_length"] = "longest"
     max_length: int | None = None
     num_frames: str | None = None
+    first_token: bool = False
     model_class: str | None = None
 
 
@@ -61,7 +63,7 @@ DUAL_ENCODERS = {
     "chinese_clip": DualEncoder(_TEXT_IMAGE),
     "clap": DualEncoder(("text", "audio")),
     "clip": DualEncoder(_TEXT_IMAGE),
-    "flava": DualEncoder(_TEXT_IMAGE),
+    "flava": DualEncoder(_TEXT_IMAGE, first_token=True),
     "metaclip_2": DualEncoder(_TEXT_IMAGE),
     "siglip": _SIGLIP,
     "siglip2": _SIGLIP,
@@ -144,13 +146,13 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
     if row.model_class == "BlipForImageTextRetrieval":
         towers: dict[Modality, Tower] = {"text": _blip_text(model), "image": _blip_image(model)}
     else:
-        towers = {m: _features(getattr(model, f"get_{m}_features")) for m in row.modalities}
+        towers = {m: _features(getattr(model, f"get_{m}_features"), row.first_token) for m in row.modalities}
     if plan.inputs.video and not plan.inputs.video.native:
         towers["video"] = frame_tower(towers["image"], plan.normalize)
     return towers
 
 
-def _features(method: Callable[..., Any]) -> Tower:
+def _features(method: Callable[..., Any], first_token: bool) -> Tower:
     """`get_*_features`. Its result is an output whose pooler_output holds the vectors [n, D], not normalised."""
     # A tokenizer may give more than a model takes (token_type_ids).
     accepted = set(inspect.signature(method).parameters)
@@ -158,8 +160,7 @@ def _features(method: Callable[..., Any]) -> Tower:
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         output = method(**{name: tensor for name, tensor in inputs.items() if name in accepted})
         vectors: torch.Tensor = output.pooler_output
-        # FLAVA projects every token; its contrastive loss uses the first.
-        return vectors[:, 0] if vectors.ndim == 3 else vectors
+        return vectors[:, 0] if first_token else vectors
 
     return tower
 

@@ -56,6 +56,9 @@ class TextProcessor:
         self._options: dict[str, Any] = {"truncation": spec.max_length is not None, "max_length": spec.max_length}
         if spec.padding == "max_length":
             self._options["padding"] = "max_length"
+        else:
+            # Some tokenizers give none, and the padding that a batch brings would count as text.
+            self._options["return_attention_mask"] = True
 
     def __call__(self, text: str) -> Sample:
         try:
@@ -172,7 +175,7 @@ class FrameProcessor:
 
 
 class ClipProcessor:
-    """A clip for a video model -> `pixel_values` [F, 3, H, W] as its own processor gives them."""
+    """A clip for a video model -> `pixel_values` [F, 3, H, W] (or what its own processor gives)."""
 
     def __init__(self, process: Callable[[list[np.ndarray]], dict[str, np.ndarray]]) -> None:
         self._process = process
@@ -248,8 +251,9 @@ def open_clip_processor(checkpoint: Checkpoint) -> Callable[[list[np.ndarray]], 
         processor = AutoImageProcessor.from_pretrained(checkpoint.directory, trust_remote_code=trust)
 
         def process(frames: list[np.ndarray]) -> dict[str, np.ndarray]:
-            found = processor(frames, return_tensors="pt", input_data_format="channels_last")
-            return {name: value[0].numpy() for name, value in found.items()}
+            pixels = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+            # [1, F, 3, H, W] where it knows clips (VideoMAE's), [F, 3, H, W] where it knows pictures (CLIP's).
+            return {"pixel_values": pixels.reshape(len(frames), *pixels.shape[-3:]).numpy()}
 
         return process
     from transformers import AutoVideoProcessor

@@ -28,14 +28,6 @@ class Batch:
     tensors: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """With what, and on which side, shorter sequences are filled up."""
-
-    values: dict[str, int]
-    left: bool = False
-
-
 class PendingVectors:
     """Vectors [n, D] on their way from a CUDA device: the host goes on while it computes and copies."""
 
@@ -72,26 +64,27 @@ class TorchRunner:
             raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
         if plan.compile:
             self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
-        self._padding = _paddings(plan)
+        self._fill = _text_fill(plan)
         images = plan.inputs.image
         self._normalize = _normalization(plan) if images else None
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Samples of equal (modality, group) -> a Batch; sequences are padded to the longest."""
+        """Samples of equal (modality, group) -> a Batch; sequences are padded to the longest, on the right.
+
+        On the right whatever the tokenizer says: so tokens have the positions that they have alone.
+        """
         modality = samples[0].modality
-        padding = self._padding.get(modality, Padding({}))
+        fill = self._fill if modality == "text" else {}
         tensors = {}
         for name in samples[0].arrays:
-            stacked = torch.from_numpy(
-                _stack([s.arrays[name] for s in samples], padding.values.get(name, 0), padding.left)
-            )
+            stacked = torch.from_numpy(_stack([s.arrays[name] for s in samples], fill.get(name, 0)))
             tensors[name] = stacked.pin_memory() if self.device.type == "cuda" else stacked
         return Batch(modality, tensors)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray | PendingVectors:
         """Batch -> float32 [n, D]. Raises torch.OutOfMemoryError, ModelError for vectors of another size."""
-        inputs = {name: self._to_device(tensor) for name, tensor in batch.tensors.items()}
+        inputs = {name: self._to_device(name, tensor) for name, tensor in batch.tensors.items()}
         vectors = self._towers[batch.modality](inputs)
         if vectors.ndim != 2 or vectors.shape[1] != self._plan.embedding_size:
             raise ModelError(
@@ -102,9 +95,9 @@ class TorchRunner:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.to(self.device, non_blocking=True)
-        if moved.dtype == torch.uint8 and self._normalize is not None:
+        if name == "pixel_values" and moved.dtype == torch.uint8 and self._normalize is not None:
             moved = self._normalize(moved)
         return moved.to(self._dtype) if moved.is_floating_point() else moved
 
@@ -137,26 +130,23 @@ def load_model(model_class: Any, plan: EmbeddingPlan, device: torch.device, unus
     return model.to(device).eval()
 
 
-def _stack(arrays: Sequence[np.ndarray], fill: int, left: bool) -> np.ndarray:
+def _stack(arrays: Sequence[np.ndarray], fill: int) -> np.ndarray:
     """Arrays as one, padded along their first axis to the longest."""
     longest = max(len(a) for a in arrays) if arrays[0].ndim else 0
     if all(a.ndim == 0 or len(a) == longest for a in arrays):
         return np.stack(arrays)
     out = np.full((len(arrays), longest, *arrays[0].shape[1:]), fill, dtype=arrays[0].dtype)
     for row, array in zip(out, arrays, strict=True):
-        if left:
-            row[longest - len(array) :] = array
-        else:
-            row[: len(array)] = array
+        row[: len(array)] = array
     return out
 
 
-def _paddings(plan: EmbeddingPlan) -> dict[Modality, Padding]:
+def _text_fill(plan: EmbeddingPlan) -> dict[str, int]:
+    """With what shorter texts are filled up; with 0 where nothing is said."""
     if plan.inputs.text is None:
         return {}
     tokenizer = open_tokenizer(plan.checkpoint)
-    values = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
-    return {"text": Padding(values, tokenizer.padding_side == "left")}
+    return {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
 
 
 def _normalization(plan: EmbeddingPlan) -> Normalize | None:
