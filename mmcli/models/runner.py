@@ -11,7 +11,7 @@ import torch
 
 from mmcli.core.errors import MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
-from mmcli.models.device import choose_device
+from mmcli.models.device import choose_device, keep_freed_memory
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
 from mmcli.models.plan import EmbeddingPlan
 
@@ -53,6 +53,8 @@ class TorchRunner:
             raise ModelError(
                 "--dtype float16 is not for the CPU: 4 times slower than float32", hint="--dtype bfloat16"
             )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         plan.checkpoint.fetch_weights()
         try:
             self._towers = loader(plan, self.device)
