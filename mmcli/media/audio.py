@@ -12,7 +12,8 @@ import numpy as np
 
 from mmcli.core.errors import RowError
 from mmcli.core.records import Audio, DecodeOptions
-from mmcli.media.container import best_stream, open_container, prepare
+from mmcli.media.complete import mp3_length
+from mmcli.media.container import best_stream, decoded, open_container, prepare
 
 # Formats whose header counts the samples.
 _COUNTED = ("flac", "wav", "w64", "aiff", "caf", "au", "tta", "wv", "ape")
@@ -64,7 +65,7 @@ def _blocks(container: Any, stream: Any) -> Iterator[tuple[int, np.ndarray]]:
     """(rate, float32 [n] mono) of the stream: frames (often 20 ms) gathered to blocks, none of them empty."""
     gathered: list[np.ndarray] = []
     size = rate = 0
-    for frame in container.decode(stream):
+    for frame in decoded(container, stream):
         if frame.samples == 0:
             continue
         if gathered and (frame.sample_rate != rate or size >= _BLOCK_SAMPLES):
@@ -98,24 +99,12 @@ def _mono(frame: Any) -> np.ndarray:
 def _check_count(container: Any, stream: Any, file: io.FileIO | io.BytesIO, samples: int) -> None:
     """Refuse a sound with fewer samples than its header counts: FFmpeg plays what is there."""
     form, rate = container.format.name.split(",")[0], stream.codec_context.sample_rate
-    if stream.duration is None or not (form in _COUNTED or (form == "mp3" and _has_xing_header(file))):
+    if stream.duration is None or not (form in _COUNTED or (form == "mp3" and mp3_length(file)[1])):
         return
     promised = int(stream.duration * stream.time_base * rate)
     slack = 3 * 1152 if form == "mp3" else 0  # the encoder's delay and padding, which the decoder cuts off
     if samples < promised - slack:
         raise RowError("truncated", f"the sound ends after {samples / rate:.2f} of {promised / rate:.2f} s")
-
-
-def _has_xing_header(file: io.FileIO | io.BytesIO) -> bool:
-    """Whether an MP3 counts its own frames (else FFmpeg guesses the duration from the bit rate)."""
-    file.seek(0)
-    head = file.read(10)
-    start = 0
-    if head[:3] == b"ID3" and len(head) == 10:
-        start = 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9])
-    file.seek(start)
-    frame = file.read(256)
-    return b"Xing" in frame or b"Info" in frame
 
 
 class _Resampler:

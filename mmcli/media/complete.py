@@ -51,11 +51,15 @@ def _missing(file: File, head: bytes, size: int) -> int:
         return _segment_end(head) - size
     if head.startswith(b"OggS"):
         return _missing_of_ogg(file, size)
+    if head[:3] == b"ID3" or head[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"\xff\xfa"):
+        start, promised = mp3_length(file)
+        # Some encoders count the tag before the first frame too: with one, only what exceeds the whole is sure.
+        return promised - (size - start) if start == 0 or promised > size else 0
     if head.startswith(_ASF) and (at := head.find(_ASF_FILE_PROPERTIES)) >= 0 and len(head) >= at + 48:
         return int(struct.unpack_from("<Q", head, at + 40)[0]) - size
     if head.startswith(b"FLV") and (at := head.find(b"filesize\0")) >= 0 and len(head) >= at + 17:
-        promised = float(struct.unpack_from(">d", head, at + 9)[0])
-        return int(promised) - size if 0 < promised < 1e15 else 0
+        filesize = float(struct.unpack_from(">d", head, at + 9)[0])
+        return int(filesize) - size if 0 < filesize < 1e15 else 0
     return 0
 
 
@@ -113,6 +117,22 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
         return 0, 1
     width = 9 - data[at].bit_length()
     return int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1), width
+
+
+def mp3_length(file: File) -> tuple[int, int]:
+    """Where an MP3's first frame starts, and how many bytes its Xing or LAME header counts; 0 without one."""
+    file.seek(0)
+    head = file.read(10)
+    start = 0
+    if head[:3] == b"ID3" and len(head) == 10:
+        start = 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9])
+    file.seek(start)
+    frame = file.read(256)
+    at = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if at < 0 or len(frame) < at + 16:
+        return start, 0
+    flags, _, count = struct.unpack_from(">III", frame, at + 4)
+    return start, count if flags & 3 == 3 else 0
 
 
 def _missing_of_ogg(file: File, size: int) -> int:

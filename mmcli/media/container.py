@@ -77,6 +77,30 @@ def prepare(stream: Any, **options: str) -> None:
     stream.codec_context.options = options
 
 
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream from where the container is. Skips what comes before the first that can be decoded,
+    as in a broadcast recorded from its middle.
+
+    Raises RowError: `truncated` when the very last packet cannot be decoded, `corrupt` for any before it.
+    """
+    from av.error import InvalidDataError
+
+    started, failure = False, None
+    for packet in container.demux(stream):
+        if failure is not None and packet.size:
+            raise RowError("corrupt", f"broken {stream.type}: {failure.strerror}") from failure
+        try:
+            frames = packet.decode()
+        except InvalidDataError as error:
+            failure = error if started else None
+            continue
+        for frame in frames:
+            started = True
+            yield frame
+    if failure is not None:
+        raise RowError("truncated", f"the file ends in the middle of its {stream.type}") from failure
+
+
 def _open(av: Any, file: io.FileIO | io.BytesIO) -> Any:
     return av.open(
         file,

@@ -47,6 +47,7 @@ class _Worker:
     cell: Cell
     blocks: deque[_Block] = field(default_factory=deque)
     hung: bool = False
+    late_with: tuple[int, float] | None = None
 
 
 class InlineDecoder:
@@ -194,10 +195,13 @@ class DecodePool:
                 self._bury(worker)
         now = time.monotonic()
         for worker in self._workers:
-            index, started = worker.cell.read()
-            if index >= 0 and worker.blocks and now - started > self._timeout_s and not worker.hung:
+            busy_with = worker.cell.read()
+            late = busy_with[0] >= 0 and worker.blocks and now - busy_with[1] > self._timeout_s
+            # Seen twice: what another processor writes may show up in another order.
+            if late and busy_with == worker.late_with and not worker.hung:
                 worker.hung = True
                 os.kill(worker.pid, signal.SIGKILL)
+            worker.late_with = busy_with if late else None
 
     def _accept(self, worker: _Worker, answer: Answer) -> None:
         block = worker.blocks.popleft()

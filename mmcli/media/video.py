@@ -6,27 +6,29 @@ import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from mmcli.core.errors import RowError
 from mmcli.core.records import DecodeOptions, Video
-from mmcli.media.container import best_stream, open_container, prepare
+from mmcli.media.container import best_stream, decoded, open_container, prepare
 
 # Where FFmpeg's seeking goes by an exact index. Elsewhere (MPEG-TS, AVI, ...) everything is decoded in order.
 _INDEXED = ("mov", "matroska")
 # AVI has no presentation times: FFmpeg's guesses are out of order for H.264 with B-frames.
 _UNTIMED = ("avi",)
-_TimeBase = Any
 
 
 def decode_video(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Video:
     """The best video stream (FFmpeg's choice), sampled at `options.num_frames` times.
 
     The clip's duration is cut into F equal segments; each gives the frame that is on the screen at its middle:
-    t_i = (i + 1/2) / F * duration, whatever the frame rate, constant or not. With fewer frames than F, frames
-    repeat. Timestamps are those at which the frames appear, from the clip's first frame on.
+    t_i = (i + 1/2) / F * duration, whatever the frame rate, constant or not. A frame that appears less than a
+    millisecond later counts as there: Matroska rounds to milliseconds, and middles often fall on the change from
+    one frame to the next. With fewer frames than F, frames repeat. Timestamps are those at which the frames
+    appear, from the clip's first frame on.
 
     Turned by the display matrix. Not stretched for non-square pixels, as no reference does. Colours by the
     stream's matrix and range; BT.601 where it does not say, as FFmpeg does. A frame much larger than needed
@@ -68,14 +70,14 @@ class _Timeline:
     shown: list[int]
     keys: list[int]
     end: int
-    time_base: float
+    time_base: Fraction
     seekable: bool
     in_order: bool
 
     def moments(self, count: int) -> list[int]:
-        """The middles of `count` equal segments. Floored: frames change at whole units."""
-        length = self.end - self.shown[0]
-        return [self.shown[0] + (2 * i + 1) * length // (2 * count) for i in range(count)]
+        """The middles of `count` equal segments, and a millisecond. Floored: frames change at whole units."""
+        length, start = self.end - self.shown[0], self.shown[0] + int(1 / (1000 * self.time_base))
+        return [start + (2 * i + 1) * length // (2 * count) for i in range(count)]
 
     def latest(self, moment: int) -> int:
         """The time of the frame that is on the screen at `moment`."""
@@ -125,7 +127,7 @@ def _read_timeline(container: Any, stream: Any) -> _Timeline:
         end = 2 * shown[-1] - shown[-2] if len(shown) > 1 else shown[-1] + 1
     keys = sorted(p[0] for p in packets if p[3]) or shown[:1]
     seekable = form in _INDEXED and not in_order
-    return _Timeline(shown, keys, end, float(stream.time_base), seekable, in_order)
+    return _Timeline(shown, keys, end, stream.time_base, seekable, in_order)
 
 
 class _Player:
@@ -158,27 +160,12 @@ class _Player:
 
     def _decode(self) -> Iterator[tuple[int, Any]]:
         shown, damaged = self._timeline.shown, False
-        for position, frame in enumerate(self._decoded()):
+        for position, frame in enumerate(decoded(self._container, self._stream)):
             time = shown[min(position, len(shown) - 1)] if self._timeline.in_order else frame.pts
             # What depends on a concealed frame is wrong too, and not marked by FFmpeg: up to the next key frame.
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if time is not None and time >= shown[0]:
                 yield time, None if damaged else frame
-
-    def _decoded(self) -> Iterator[Any]:
-        from av.error import InvalidDataError
-
-        started = False
-        for packet in self._container.demux(self._stream):
-            try:
-                frames = packet.decode()
-            except InvalidDataError:
-                if started:
-                    raise
-                continue
-            for frame in frames:
-                started = True
-                yield frame
 
 
 def _sample(player: _Player, moments: list[int], options: DecodeOptions) -> Video:
@@ -189,7 +176,7 @@ def _sample(player: _Player, moments: list[int], options: DecodeOptions) -> Vide
         time, frame = player.at(moment)
         if frame is None:
             raise RowError(
-                "corrupt", f"the video is damaged at {(time - timeline.shown[0]) * timeline.time_base:.2f} s"
+                "corrupt", f"the video is damaged at {float((time - timeline.shown[0]) * timeline.time_base):.2f} s"
             )
         if frames is not None and times[-1] == time:
             frames[i] = frames[i - 1]
@@ -203,8 +190,8 @@ def _sample(player: _Player, moments: list[int], options: DecodeOptions) -> Vide
         times.append(time)
     assert frames is not None
     start = timeline.shown[0]
-    timestamps = (np.array(times, np.float64) - start) * timeline.time_base
-    return Video(frames, timestamps, (timeline.end - start) * timeline.time_base)
+    timestamps = np.array([float((time - start) * timeline.time_base) for time in times])
+    return Video(frames, timestamps, float((timeline.end - start) * timeline.time_base))
 
 
 def _picture(frame: Any, options: DecodeOptions, size: tuple[int, int] | None) -> np.ndarray:

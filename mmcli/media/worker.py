@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +30,20 @@ Outcome = Sample | RowError
 
 
 class Cell:
-    """What a worker is busy with: 16 bytes of shared memory, written by the worker, read by the supervisor."""
+    """What a worker is busy with: 16 bytes of shared memory, written by the worker, read by the supervisor.
+
+    Both halves are written whole, the time first: so whoever reads in between sees a time that is too late, never
+    one that is too early and makes a worker look hung.
+    """
 
     SIZE = 16
-    _LAYOUT = struct.Struct("<qd")
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, self.SIZE)
+        view = memoryview(self._memory)
+        # Native 8-byte stores; struct with a byte order would write byte by byte.
+        self._index, self._started = view[:8].cast("q"), view[8:].cast("d")
+        view.release()
 
     @classmethod
     def create(cls) -> tuple[Cell, int]:
@@ -50,17 +56,19 @@ class Cell:
 
     def begin(self, index: int) -> None:
         """The worker starts with the `index`-th record of its block."""
-        self._LAYOUT.pack_into(self._memory, 0, index, time.monotonic())
+        self._started[0] = time.monotonic()
+        self._index[0] = index
 
     def idle(self) -> None:
-        self._LAYOUT.pack_into(self._memory, 0, -1, 0.0)
+        self._index[0] = -1
 
     def read(self) -> tuple[int, float]:
         """(index or -1 when idle, monotonic seconds at which that record was begun)"""
-        index, started = self._LAYOUT.unpack_from(self._memory, 0)
-        return index, started
+        return self._index[0], self._started[0]
 
     def close(self) -> None:
+        self._index.release()
+        self._started.release()
         self._memory.close()
 
 

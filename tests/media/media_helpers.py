@@ -78,6 +78,7 @@ def encoded_sound(samples, rate, container="wav", codec="pcm_s16le", layout="mon
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, options=options)
         stream.codec_context.layout = layout
+        stream.codec_context.bit_rate = 128_000
         stream.codec_context.format = sample_format
         data = samples if sample_format.endswith("p") else samples.T.reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data), format=sample_format, layout=layout)
@@ -100,6 +101,8 @@ def clip(
         stream = output.add_stream(codec, rate=rate, options={"crf": "12", **options})
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
+        if not codec.startswith("lib"):  # the others go by crf
+            stream.codec_context.bit_rate = 8_000_000
         stream.codec_context.gop_size = gop
         stream.codec_context.thread_count = 1
         stream.codec_context.time_base = Fraction(1, rate)
