@@ -15,6 +15,7 @@ from pool_plans import Misbehaving
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Media, Record, Sample
 from mmcli.media.pool import DecodePool, InlineDecoder
+from mmcli.media.worker import Cell
 
 
 def records(texts):
@@ -165,3 +166,26 @@ def test_inline_decoding_gives_the_same_outcomes():
     (decoded,) = decoder.run(iter([todo]), lambda: True)
     kinds = [type(o).__name__ for (o,) in decoded.outcomes]
     assert kinds == ["Sample", "RowError", "Sample"]
+
+
+def test_a_busy_worker_never_looks_hung() -> None:
+    """What a worker is busy with is read at any moment, also while it is being written."""
+    cell, descriptor = Cell.create()
+    child = os.fork()
+    if child == 0:
+        theirs = Cell(descriptor)
+        while True:
+            for index in range(64):
+                theirs.begin(index)
+            theirs.idle()
+    try:
+        begun, oldest = time.monotonic(), 0.0
+        while time.monotonic() < begun + 1:
+            now = time.monotonic()
+            index, started = cell.read()
+            if index >= 0:
+                oldest = max(oldest, now - started)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert oldest < 1
