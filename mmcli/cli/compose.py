@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +143,7 @@ def prepare(
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
     source = _source(arguments, messages, problems)
+    _check_not_an_input(arguments, problems)
     planned = planner(problems)
     if source is not None and planned is not None:
         _check_modalities(source, planned.plan, str(arguments.model.model), problems)
@@ -149,6 +152,19 @@ def prepare(
     assert planned is not None
     _check_place(arguments.output)
     return Prepared(arguments, source, planned, messages, report, limits, signals)
+
+
+def _check_not_an_input(arguments: Arguments, problems: Problems) -> None:
+    """With --overwrite, OUT would replace what is to be read."""
+    try:
+        out = os.stat(arguments.output.output)
+    except OSError:
+        return
+    for name in arguments.inputs.inputs or ():
+        with suppress(OSError, ValueError):
+            if os.path.samestat(os.stat(name), out):
+                problems.add(f"-o {arguments.output.output} is also an input; choose another name")
+                return
 
 
 def _source(arguments: Arguments, messages: Messages, problems: Problems) -> Source | None:

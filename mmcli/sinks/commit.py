@@ -331,6 +331,8 @@ def _rows(folder: Path) -> int:
 
 def _mismatch(what: str, changed: list[str], mode: Mode) -> StateMismatch:
     only_inputs = all(line.startswith("inputs.") for line in changed)
+    if only_inputs:
+        what = what.replace("another command", "other inputs")
     hint = "add --update to bring it up to date, or --overwrite to start anew"
     if mode == "update" or not only_inputs:
         hint = "give the options of that command, or add --overwrite to start anew"

@@ -120,6 +120,16 @@ def test_a_place_that_cannot_be(cli: Cli, texts: Path, tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "mine.parquet").column_names == ["a"]
 
 
+def test_an_input_is_never_the_output(cli: Cli, texts: Path, tmp_path: Path) -> None:
+    rows = write_parquet(tmp_path / "m.parquet", {"text": ["a"]})
+    for place in (rows, texts, f"{texts}/"):
+        done = cli("embed", texts if place != rows else rows, "-m", "fake:4", "-o", place, "--overwrite")
+        assert done.code == 2
+        assert "is also an input" in done.err
+    assert pq.read_table(rows).column_names == ["text"]
+    assert len(list(texts.iterdir())) == 5
+
+
 def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
     pq.write_table(pa.table(columns), path)
     return path
