@@ -184,10 +184,9 @@ def _check_hub_id(name: str) -> None:
     parts = name.split("/")
     if name.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts):
         raise ConfigError(f"-m {name}: no such directory{_near(name)}")
-    folder, base = os.path.split(name)
+    folder = os.path.dirname(name)
     if folder and os.path.isdir(folder) and (near := _near(name)):
         raise ConfigError(f"-m {name}: no such directory{near}")
-    del base
 
 
 def _near(name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmcli.core.errors import ConfigError
 from mmcli.core.records import DecodeOptions, Modality
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.facts import (
@@ -78,13 +79,19 @@ BY_ARCHITECTURE = {
 }
 
 
-def generic_row(config: Any) -> DualEncoder | None:
-    """A row for an unlisted type whose model offers get_text_features and one more; None when it does not."""
-    from transformers import AutoModel
+def generic_row(checkpoint: Checkpoint) -> DualEncoder | None:
+    """A row for an unlisted type whose model offers get_text_features and one more; None when it does not.
 
-    model_class = AutoModel._model_mapping.get(type(config), None)
-    if not isinstance(getattr(config, "projection_dim", None), int) or model_class is None:
+    Without a projection_dim its features belong to no shared space (BLIP-2: a language model's logits).
+    """
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    if checkpoint.json("config.json").get("model_type") not in CONFIG_MAPPING:
         return None
+    config = checkpoint.config
+    if not isinstance(getattr(config, "projection_dim", None), int):
+        return None
+    model_class = AutoModel._model_mapping.get(type(config), None)
     found: list[Modality] = []
     candidates: tuple[Modality, ...] = ("text", "image", "audio")
     for modality in candidates:
@@ -98,6 +105,8 @@ def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: DualEnc
     reject_pooling(options.pooling, FAMILY)
     config = checkpoint.config
     wanted = [m for m in row.modalities if available(checkpoint, m)]
+    if not wanted:
+        raise ConfigError(f"-m {checkpoint.id}: it has neither a tokenizer nor a preprocessor_config.json")
     text = audio = video = None
     if "text" in wanted:
         text_config = setting(config, row.text_config) or config

@@ -9,9 +9,10 @@ from mmcli.core.records import Modality
 from mmcli.models.checkpoint import Checkpoint
 
 POOLINGS = ("cls", "mean", "max", "pooler")
+# Not tokenizer_config.json: with that alone, transformers makes a tokenizer without a vocabulary.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tokenizer.model",
+    "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model",
+    "tokenizer.model", "bpe.codes",
 )  # fmt: skip
 # Their positions begin after the padding index: 514 position embeddings are 512 tokens.
 _POSITIONS_AFTER_PADDING = frozenset(
@@ -34,13 +35,10 @@ def setting(config: Any, path: str) -> Any:
 
 def available(checkpoint: Checkpoint, modality: Modality) -> bool:
     """Whether the checkpoint has what makes model inputs of a modality."""
-    has = (checkpoint.directory / "processor_config.json").is_file()
     if modality == "text":
         return any((checkpoint.directory / name).is_file() for name in TOKENIZER_FILES)
-    return has or any(
-        (checkpoint.directory / name).is_file()
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json")
-    )
+    parts = ("image_processor", "feature_extractor", "video_processor")
+    return any(checkpoint.processor_json(part) for part in parts)
 
 
 def max_tokens(checkpoint: Checkpoint, text_config: Any) -> int | None:

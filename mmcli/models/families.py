@@ -53,7 +53,7 @@ def _plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str) -> Embeddin
         return encoder.plan(checkpoint, options, dtype, encoder_row)
     if "auto_map" in content and not checkpoint.trust_remote_code:
         raise ConfigError(_unsupported(checkpoint, f"{kind!r} is code that comes with the checkpoint"))
-    if row := dual_encoder.generic_row(checkpoint.config):
+    if row := dual_encoder.generic_row(checkpoint):
         return dual_encoder.plan(checkpoint, options, dtype, row)
     raise ConfigError(_unsupported(checkpoint, f"model type {kind!r} is not supported for embeddings"))
 

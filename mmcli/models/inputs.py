@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcli.core.errors import RowError
+from mmcli.core.errors import ModelError, RowError, one_line
 from mmcli.core.records import Audio, Modality, Payload, Sample, Video
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.plan import AudioSpec, Inputs, TextSpec
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Extractors of long sounds draw a random window (CLAP). One seed for every sound, so that a row does not depend
 # on the rows before it.
 AUDIO_SEED = 0
+# A picture may have so many pixels when it is resized: one of 1 x 100,000 to a shortest side of 224 has 5e9.
+MAX_RESIZED_PIXELS = 2**26
 
 
 class InputProcessor:
@@ -78,11 +80,14 @@ class ImageProcessor:
 
     Resized and cropped by the checkpoint's own processor, but left uint8 [3, H, W] where that is exact: a quarter
     of the bytes on the way to the device, where the runner normalises. Whether a shorter way is exact is found out
-    by trying it on two pictures when the processor is opened.
+    by trying it on a few pictures when the processor is opened.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        size: Any = getattr(processor, "size", None)
+        by_shortest = getattr(processor, "do_resize", False) and size and not size.get("longest_edge")
+        self._shortest: int | None = size.get("shortest_edge") if by_shortest else None
         ways = (self._bare, self._without_normalisation)
         self._way = next((way for way in ways if self._is_exact(way)), self._whole)
 
@@ -91,7 +96,13 @@ class ImageProcessor:
         return Sample("image", arrays, group=_shapes(arrays))
 
     def arrays(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Model inputs by name, without a batch axis."""
+        """Model inputs by name, without a batch axis. Raises RowError for a picture too narrow to be resized."""
+        if self._shortest:
+            height, width = pixels.shape[:2]
+            if self._shortest**2 * max(height, width) > MAX_RESIZED_PIXELS * min(height, width):
+                raise RowError(
+                    "too_large", f"{width} x {height} pixels: too narrow to be resized to {self._shortest} pixels"
+                )
         return self._way(pixels)
 
     def _bare(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -122,7 +133,7 @@ class ImageProcessor:
         generator = np.random.default_rng(0)
         try:
             normalize = Normalize.of(self._processor)
-            for height, width in ((301, 517), (97, 61)):
+            for height, width in ((301, 517), (97, 61), (5, 9), (24, 250)):
                 pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
                 wanted, found = self._whole(pixels), way(pixels)
                 if found.keys() != wanted.keys() or found["pixel_values"].dtype != np.uint8:
@@ -211,10 +222,10 @@ class AudioProcessor:
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer."""
+    """The checkpoint's tokenizer. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code)
+    return _open(AutoTokenizer, checkpoint, "tokenizer")
 
 
 def _lower_case(tokenizer: Any) -> None:
@@ -226,29 +237,33 @@ def _lower_case(tokenizer: Any) -> None:
 
 
 def open_image_processor(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's image processor."""
+    """The checkpoint's image processor. Raises ModelError."""
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code)
+    return _open(AutoImageProcessor, checkpoint, "image processor")
 
 
 def open_feature_extractor(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's feature extractor."""
+    """The checkpoint's feature extractor. Raises ModelError."""
     from transformers import AutoFeatureExtractor
 
-    return AutoFeatureExtractor.from_pretrained(
-        checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code
-    )
+    return _open(AutoFeatureExtractor, checkpoint, "feature extractor")
+
+
+def _open(auto_class: Any, checkpoint: Checkpoint, what: str) -> Any:
+    try:
+        return auto_class.from_pretrained(checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:
+        # Damaged files, unknown classes, or a library that is not installed.
+        reason = one_line(" ".join(str(error).split()))
+        raise ModelError(f"-m {checkpoint.id}: cannot open its {what}: {reason}") from error
 
 
 def open_clip_processor(checkpoint: Checkpoint) -> Callable[[list[np.ndarray]], dict[str, np.ndarray]]:
     """What turns the frames of a clip into model inputs: the video processor, else an image processor of clips."""
-    trust = checkpoint.trust_remote_code
     settings = checkpoint.json("preprocessor_config.json") or checkpoint.processor_json("image_processor")
     if "image_processor_type" in settings or "feature_extractor_type" in settings:
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(checkpoint.directory, trust_remote_code=trust)
+        processor = open_image_processor(checkpoint)
 
         def process(frames: list[np.ndarray]) -> dict[str, np.ndarray]:
             pixels = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
@@ -258,10 +273,10 @@ def open_clip_processor(checkpoint: Checkpoint) -> Callable[[list[np.ndarray]], 
         return process
     from transformers import AutoVideoProcessor
 
-    processor = AutoVideoProcessor.from_pretrained(checkpoint.directory, trust_remote_code=trust)
+    video_processor = _open(AutoVideoProcessor, checkpoint, "video processor")
 
     def process_clip(frames: list[np.ndarray]) -> dict[str, np.ndarray]:
-        found = processor([np.stack(frames)], return_tensors="pt", do_sample_frames=False)
+        found = video_processor([np.stack(frames)], return_tensors="pt", do_sample_frames=False)
         return {name: value[0].numpy() for name, value in found.items()}
 
     return process_clip
