@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Payload, Record, Result, Sample
 
@@ -127,7 +127,6 @@ class Runner(Protocol):
         ...
 
 
-@runtime_checkable
 class Pending(Protocol):
     """Outputs that a device is still computing."""
 

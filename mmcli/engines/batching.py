@@ -21,7 +21,7 @@ WINDOW_BYTES = 256 * 1024 * 1024
 Outcomes = tuple[Sample | RowError, ...] | Result
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Slot:
     """A sample and where its output belongs: `row` and the number of the medium in that row's record."""
 
@@ -57,16 +57,20 @@ class Window:
     @classmethod
     def of(cls, rows: Sequence[Arrived]) -> tuple[Window, list[Slot]]:
         """The window, and the samples to compute: of rows whose media are all there."""
-        slots = []
+        slots: list[Slot] = []
         known: list[tuple[Modality | RowError, ...] | Result] = []
         for row in rows:
-            if isinstance(row.outcomes, Result):
-                known.append(row.outcomes)
+            outcomes = row.outcomes
+            if isinstance(outcomes, Result):
+                known.append(outcomes)
                 continue
-            samples = [o for o in row.outcomes if isinstance(o, Sample)]
-            if len(samples) == len(row.outcomes):
-                slots += [Slot(row.record.row, medium, sample) for medium, sample in enumerate(samples)]
-            known.append(tuple([o.modality if isinstance(o, Sample) else o for o in row.outcomes]))
+            mine = []
+            for medium, outcome in enumerate(outcomes):
+                if isinstance(outcome, Sample):
+                    mine.append(Slot(row.record.row, medium, outcome))
+            if len(mine) == len(outcomes):
+                slots += mine
+            known.append(tuple([o.modality if isinstance(o, Sample) else o for o in outcomes]))
         return cls([r.record for r in rows], known, sum(r.nbytes for r in rows)), slots
 
     def results(self, task: Task, start_row: int) -> list[Result]:
@@ -78,15 +82,17 @@ class Window:
         return results
 
     def _result(self, task: Task, record: Record, known: tuple[Modality | RowError, ...]) -> Result:
-        modalities = []
+        modalities: list[Modality] = []
         for one in known:
             if isinstance(one, RowError):
                 return Result(record, _modality(record, known), error=one)
             modalities.append(one)
-        outputs = [self.outputs[record.row, medium] for medium in range(len(known))]
-        for output in outputs:
+        outputs = []
+        for medium in range(len(known)):
+            output = self.outputs[record.row, medium]
             if isinstance(output, RowError):
                 return Result(record, _modality(record, known), error=output)
+            outputs.append(output)
         return task.result(record, modalities, outputs)
 
 
@@ -142,7 +148,10 @@ def batches(slots: Sequence[Slot], max_cost: Callable[[Sample], int]) -> Iterato
     """
     groups: dict[tuple[Modality, object], list[Slot]] = {}
     for slot in slots:
-        groups.setdefault((slot.sample.modality, slot.sample.group), []).append(slot)
+        key = slot.sample.modality, slot.sample.group
+        if key not in groups:
+            groups[key] = []
+        groups[key].append(slot)
     for members in groups.values():
         members.sort(key=lambda s: -s.sample.length)
         samples = [slot.sample for slot in members]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmcli.core.errors import MmcliError, ModelError, RowError
-from mmcli.core.protocols import Pending, Runner
+from mmcli.core.protocols import Runner
 from mmcli.core.records import Modality, Sample
 from mmcli.core.report import Report
 from mmcli.engines.batching import cut
@@ -42,7 +42,8 @@ class Launched:
 
     @property
     def pending(self) -> bool:
-        return isinstance(self.outputs, Pending)
+        """Whether the device may still be computing."""
+        return hasattr(self.outputs, "result")
 
 
 class Forward:
@@ -136,7 +137,7 @@ class Forward:
     def _fetch(self, launched: Launched) -> list[Output]:
         outputs = launched.outputs
         with self._report.timed("forward"):
-            rows = outputs.result() if isinstance(outputs, Pending) else outputs
+            rows = outputs.result() if launched.pending else outputs
         launched.outputs = None
         if len(rows) != len(launched.samples):
             raise ModelError(f"the model gave {len(rows)} outputs for {len(launched.samples)} inputs")
@@ -179,7 +180,7 @@ class Forward:
         assert self._good is not None
         try:
             outputs = self._runner.forward(self._runner.collate([self._good]))
-            if isinstance(outputs, Pending):
+            if hasattr(outputs, "result"):
                 outputs.result()
         except Exception as error:
             raise ModelError(

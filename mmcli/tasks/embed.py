@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,11 @@ class Embed:
 
     def result(self, record: Record, modalities: Sequence[Modality], outputs: Sequence[np.ndarray]) -> Result:
         """Vectors [D] of one record -> its row; NaN and Inf, also by overflow of float16, are `nonfinite`."""
-        with np.errstate(over="ignore"):
-            vectors = tuple([np.asarray(v, dtype=self.dtype) for v in outputs])
-        modality = "+".join(modalities)
+        vectors = tuple([v if v.dtype == self.dtype else _cast(v, self.dtype) for v in outputs])
+        modality = modalities[0] if len(modalities) == 1 else "+".join(modalities)
         for vector in vectors:
             # The sum of finite float64 values is finite; a third of the time of isfinite().all() for D=512.
-            if not np.isfinite(vector.sum(dtype=np.float64)):
+            if not math.isfinite(np.add.reduce(vector, dtype=np.float64)):
                 error = RowError("nonfinite", "the model gave NaN or infinite values", stage="model")
                 return Result(record, modality, error=error)
         return Result(record, modality, values=vectors)
@@ -64,3 +64,8 @@ class Embed:
             flat = column.flatten().to_numpy(zero_copy_only=False)
             columns.append(flat.reshape(len(table), self.embedding_size))
         return list(zip(*columns, strict=True))
+
+
+def _cast(vector: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return vector.astype(dtype)

@@ -1,0 +1,155 @@
+"""What the pipeline itself costs: a million tiny inputs through a model without weights.
+
+    python benchmarks/pipeline.py --kind png --rows 1000000
+    python benchmarks/pipeline.py --kind text --rows 10000000
+
+Prints rows per second, the split by stage, and the memory of the main process and of the decode workers as the
+run goes on. Pictures are PNGs of 8x8 and 16x16 pixels, inline in a Parquet manifest; texts have 10 to 60 letters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+GROUP_ROWS = 50_000
+PART_ROWS = 50_000
+
+
+def texts(count: int, start: int) -> pa.Table:
+    words = ["a", "red", "blue", "green", "circle", "square", "photo", "of", "the", "small", "large", "left"]
+    rng = np.random.default_rng(start)
+    picks = rng.integers(0, len(words), (count, 8))
+    lengths = rng.integers(1, 9, count)
+    lines = [f"{start + i} " + " ".join(words[w] for w in picks[i, : lengths[i]]) for i in range(count)]
+    return pa.table({"text": lines})
+
+
+def pictures(count: int, start: int) -> pa.Table:
+    """`count` different PNGs: encoding is the slow part, so a few thousand are made and then varied in a chunk."""
+    rng = np.random.default_rng(0)
+    base = []
+    for i in range(2000):
+        side = 8 if i % 2 else 16
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file, "png")
+        base.append(file.getvalue())
+    return pa.table({"image": pa.array([base[(start + i) % len(base)] for i in range(count)], pa.binary())})
+
+
+KINDS = {"text": texts, "png": pictures}
+
+
+def make_manifest(path: Path, kind: str, rows: int) -> None:
+    """A Parquet manifest of `rows` rows."""
+    writer = None
+    for start in range(0, rows, GROUP_ROWS):
+        table = KINDS[kind](min(GROUP_ROWS, rows - start), start)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
+
+
+def pure_decode_s(rows: int = 20_000) -> float:
+    """Seconds that Pillow alone takes for a picture of the benchmark, on one core."""
+    data = pictures(2000, 0).column("image").to_pylist()
+    start = time.perf_counter()
+    for i in range(rows):
+        np.asarray(Image.open(io.BytesIO(data[i % 2000])).convert("RGB"))
+    return (time.perf_counter() - start) / rows
+
+
+@dataclass
+class Memory:
+    """Resident MB, sampled: (rows committed, main process, all decode processes)."""
+
+    samples: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def near(self, rows: int) -> tuple[int, float, float] | None:
+        """The largest of the samples around this many rows: one part more or less."""
+        around = [s for s in self.samples if abs(s[0] - rows) <= PART_ROWS]
+        return max(around, key=lambda s: s[1]) if around else None
+
+
+def resident_mb(pid: int) -> float:
+    """Proportional set size: pages that processes share count once in all."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        for line in file:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            for child in file.read().split():
+                yield int(child)
+                yield from descendants(int(child))
+
+
+def run(manifest: Path, out: Path, options: list[str]) -> tuple[dict, Memory, float]:
+    """Run mmcli; returns its JSON report, the memory over time, and wall seconds."""
+    command = [sys.executable, "-m", "mmcli", "embed", str(manifest), "-m", "fake:8", "-o", str(out), "--json"]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    memory = Memory()
+    staging = out.with_name(out.name + ".mmcli")
+    while process.poll() is None:
+        time.sleep(0.2)
+        try:
+            parts = len(list(staging.glob("part-*.parquet")))
+            workers = sum(resident_mb(child) for child in descendants(process.pid))
+            memory.samples.append((parts * PART_ROWS, resident_mb(process.pid), workers))
+        except OSError:
+            continue
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    wall = time.perf_counter() - start
+    if process.returncode:
+        sys.exit(f"mmcli ended with {process.returncode}:\n{errors}")
+    return json.loads(errors.strip().splitlines()[-1]), memory, wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, default="text")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, help="keep the manifest here, for the next time")
+    parser.add_argument("options", nargs="*", help="of mmcli embed, after --")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch)
+        manifest = folder / f"{arguments.kind}-{arguments.rows}.parquet"
+        if not manifest.exists():
+            make_manifest(manifest, arguments.kind, arguments.rows)
+        options = [*arguments.options, "--part-rows", str(PART_ROWS)]
+        report, memory, wall = run(manifest, Path(scratch) / "out.parquet", options)
+    print(f"{arguments.kind}: {report['rows']:,} rows in {wall:.1f} s: {report['rows'] / wall:,.0f} rows/s")
+    print("seconds by stage:", ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
+    for rows in [r for r in (100_000, 500_000, 1_000_000, 5_000_000, 10_000_000) if r <= arguments.rows]:
+        if near := memory.near(rows):
+            print(f"memory at {rows:>10,} rows: main {near[1]:.0f} MB, decode processes {near[2]:.0f} MB")
+    print(f"memory at most: main {max(s[1] for s in memory.samples):.0f} MB")
+    if arguments.kind == "png":
+        pure = pure_decode_s()
+        print(f"Pillow alone: {pure * 1e6:.0f} us a picture, {1 / pure:,.0f} rows/s on one core")
+
+
+if __name__ == "__main__":
+    main()
