@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,9 +77,10 @@ def prepare(stream: Any, **options: str) -> None:
     stream.codec_context.options = options
 
 
-def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a stream from where the container is. Skips what comes before the first that can be decoded,
-    as in a broadcast recorded from its middle.
+def decoded(container: Any, stream: Any, before: Callable[[Any], None] | None = None) -> Iterator[Any]:
+    """The frames of a stream from where the container is; `before` sees each packet first.
+
+    Skips what comes before the first that can be decoded, as in a broadcast recorded from its middle.
 
     Raises RowError: `truncated` when the very last packet cannot be decoded, `corrupt` for any before it.
     """
@@ -89,6 +90,8 @@ def decoded(container: Any, stream: Any) -> Iterator[Any]:
     for packet in container.demux(stream):
         if failure is not None and packet.size:
             raise RowError("corrupt", f"broken {stream.type}: {failure.strerror}") from failure
+        if before is not None:
+            before(packet)
         try:
             frames = packet.decode()
         except InvalidDataError as error:

@@ -17,6 +17,9 @@ from mmcli.media.container import best_stream, decoded, open_container, prepare
 
 # Where FFmpeg's seeking goes by an exact index. Elsewhere (MPEG-TS, AVI, ...) everything is decoded in order.
 _INDEXED = ("mov", "matroska")
+# Codecs whose packets are one shown frame each: those that no other frame needs are not decoded, unless wanted
+# (40 % less time for H.264 and HEVC as x264 and x265 write them).
+_SKIPPABLE = ("h264", "hevc", "mpeg2video", "mpeg4")
 # AVI has no presentation times: FFmpeg's guesses are out of order for H.264 with B-frames.
 _UNTIMED = ("avi",)
 
@@ -34,7 +37,7 @@ def decode_video(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Video:
     stream's matrix and range; BT.601 where it does not say, as FFmpeg does. A frame much larger than needed
     (DecodeOptions.min_image_size) is reduced by a whole factor, each pixel the mean of those it covers.
 
-    The times of all frames come from a pass over the packets without decoding (6 ms for a minute of 720p);
+    The times of all frames come from a pass over the packets without decoding (16 ms for 10 s of 720p);
     then only the groups of pictures that hold a wanted frame are decoded.
 
     Raises RowError: `truncated`, `corrupt` (also where FFmpeg had to conceal damage in a frame, or in one that
@@ -43,18 +46,18 @@ def decode_video(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Video:
     with open_container(file) as container:
         timeline = _read_timeline(container, _stream(container, options))
     moments = timeline.moments(options.num_frames)
-    for seek in (True, False) if timeline.seekable else (False,):
+    for shortcuts in (True, False):
         with open_container(file) as container:
-            stream = _stream(container, options)
+            player = _Player(container, _stream(container, options), timeline, moments, shortcuts)
             try:
-                return _sample(_Player(container, stream, timeline, seek), moments, options)
+                return _sample(player, moments, options)
             except _MissedError:
                 continue
-    raise RowError("corrupt", "the video's frames are not where its index says")
+    raise RowError("corrupt", "no frame of the video could be decoded")
 
 
 class _MissedError(Exception):
-    """Seeking led past the wanted frame."""
+    """A wanted frame did not come."""
 
 
 @dataclass(slots=True)
@@ -131,19 +134,28 @@ def _read_timeline(container: Any, stream: Any) -> _Timeline:
 
 
 class _Player:
-    """Steps forward to moments, by decoding on or by seeking to the key frame before, whichever is less work."""
+    """Steps forward to moments with as little decoding as possible.
 
-    def __init__(self, container: Any, stream: Any, timeline: _Timeline, seek: bool) -> None:
-        self._container, self._stream, self._timeline, self._seek = container, stream, timeline, seek
+    `shortcuts`: seek to a key frame beyond what was decoded, and leave out frames that nothing depends on. They
+    rest on what the container says; where a wanted frame then does not come, `at` raises _MissedError.
+    """
+
+    def __init__(
+        self, container: Any, stream: Any, timeline: _Timeline, moments: list[int], shortcuts: bool
+    ) -> None:
+        self._container, self._stream, self.timeline = container, stream, timeline
+        self._wanted = {timeline.latest(moment) for moment in moments}
+        self._seek = shortcuts and timeline.seekable
+        self._skip = shortcuts and not timeline.in_order and stream.codec_context.name in _SKIPPABLE
         self._frames = self._decode()
         self._now: tuple[int, Any] | None = None
         self._next: tuple[int, Any] | None = None
 
     def at(self, moment: int) -> tuple[int, Any]:
-        """(time, frame) on the screen at `moment`; moments must not go back."""
-        wanted = self._timeline.latest(moment)
-        key = self._timeline.key_before(wanted)
-        reached = self._timeline.shown[0] if self._now is None else self._now[0]
+        """(time, frame) on the screen at `moment`; moments must not go back. The frame is None when damaged."""
+        wanted = self.timeline.latest(moment)
+        key = self.timeline.key_before(wanted)
+        reached = self.timeline.shown[0] if self._now is None else self._now[0]
         if self._seek and key > reached:
             self._container.seek(key, stream=self._stream)
             self._frames, self._now, self._next = self._decode(), None, None
@@ -152,16 +164,18 @@ class _Player:
             if self._next is None or self._next[0] > moment:
                 break
             self._now, self._next = self._next, None
-        if self._now is None:
-            if self._seek:
-                raise _MissedError
-            raise RowError("corrupt", "no frame of the video could be decoded")
+        if self._now is None or (self._skip and self._now[0] != wanted):
+            raise _MissedError
         return self._now
 
+    def _choose(self, packet: Any) -> None:
+        self._stream.codec_context.skip_frame = "DEFAULT" if packet.pts in self._wanted else "NONREF"
+
     def _decode(self) -> Iterator[tuple[int, Any]]:
-        shown, damaged = self._timeline.shown, False
-        for position, frame in enumerate(decoded(self._container, self._stream)):
-            time = shown[min(position, len(shown) - 1)] if self._timeline.in_order else frame.pts
+        shown, damaged = self.timeline.shown, False
+        choose = self._choose if self._skip else None
+        for position, frame in enumerate(decoded(self._container, self._stream, choose)):
+            time = shown[min(position, len(shown) - 1)] if self.timeline.in_order else frame.pts
             # What depends on a concealed frame is wrong too, and not marked by FFmpeg: up to the next key frame.
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if time is not None and time >= shown[0]:
@@ -169,7 +183,7 @@ class _Player:
 
 
 def _sample(player: _Player, moments: list[int], options: DecodeOptions) -> Video:
-    timeline = player._timeline
+    timeline = player.timeline
     frames: np.ndarray | None = None
     times: list[int] = []
     for i, moment in enumerate(moments):

@@ -182,6 +182,8 @@ def test_a_modality_of_the_manifest_is_obeyed(media):
     assert code(media / "sound", modality="image") == "unsupported_format"
     assert code(media / "sound", modality="video") == "unsupported_format"
     assert code(media / "clip", modality="audio") == "unsupported_format"
+    for still in ("photo", "drawing", "animation"):  # FFmpeg would play each of them
+        assert code(media / still, modality="video") == "unsupported_format"
     modality, sound = decoded(media / "talkie", modality="audio")
     assert modality == "audio"
     assert sound.sampling_rate == 16000

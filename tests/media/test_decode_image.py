@@ -149,6 +149,7 @@ def test_floats_and_integers_of_32_bits():
     assert np.array_equal(pixels(encoded(np.arange(256, dtype=np.int32)[None], "TIFF"))[0, :, 0], want)
     dark = pixels(encoded(ramp * 0.25, "TIFF"))
     assert dark.max() == 64  # not stretched
+    assert pixels(encoded(0.5 + ramp / 2, "TIFF")).min() == 128
     broken = ramp.copy()
     broken[0, 0] = np.nan
     assert code(encoded(broken, "TIFF")) == "corrupt"
