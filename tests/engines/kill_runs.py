@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -11,8 +12,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from PIL import Image
 
 # What a process ends with when the signal comes: by its own handler, or before Python has one.
@@ -87,7 +90,7 @@ class Trial:
             process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         if process.returncode == FINISHED:
-            assert self.content() == complete
+            self.check(complete)
             return False
         assert process.returncode in ENDS[number], (process.returncode, errors)
         if "Traceback" in errors:
@@ -110,9 +113,26 @@ class Trial:
             return "parts"
         return "staging" if staging.exists() else "nothing"
 
+    def check(self, complete: dict[str, bytes]) -> None:
+        """Every file is that of an undisturbed run, and nothing else is left."""
+        content = self.content()
+        assert content.keys() == complete.keys()
+        assert [p.name for p in self.folder.iterdir() if p.is_dir()] == []
+        for name, data in content.items():
+            assert data == complete[name], f"{self.command}: {name} differs:\n{differences(data, complete[name])}"
+
     def content(self) -> dict[str, bytes]:
         """Every file of the output's folder, byte for byte; without staging."""
         return {p.name: p.read_bytes() for p in self.folder.iterdir() if p.is_file()}
+
+
+def differences(found: bytes, wanted: bytes) -> str:
+    """Rows that differ, of Parquet or JSON lines."""
+    if found.startswith(b"PAR1"):
+        pairs = [pq.read_table(io.BytesIO(data)).to_pylist() for data in (found, wanted)]
+    else:
+        pairs = [data.splitlines() for data in (found, wanted)]
+    return "\n".join(f"{a}\n{b}" for a, b in zip_longest(*pairs) if a != b)
 
 
 def torture(folder: Path, names: list[str], kills: int, seed: int, workers_of: tuple[int, ...] = (0,)) -> Tally:
@@ -140,7 +160,6 @@ def torture(folder: Path, names: list[str], kills: int, seed: int, workers_of: t
             if not run.kill(life[name, workers], tally, complete[name]):
                 break
         run.finish()
-        assert run.content() == complete[name], f"seed {seed + trial}"
-        assert [p.name for p in run.folder.iterdir() if p.is_dir()] == []
+        run.check(complete[name])
         trial += 1
     return tally
