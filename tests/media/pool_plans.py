@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Misbehaving:
 
     modalities: frozenset[str] = frozenset({"text"})
     embedding_size: int = 2
-    decode: DecodeOptions = DecodeOptions()
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
     broken: bool = False
     crash_once_file: str | None = None
 
