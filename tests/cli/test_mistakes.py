@@ -24,7 +24,7 @@ SHELL = " ".join(COMMAND)
 
 def shell(command: str) -> Ended:
     """A line for bash in which `mmcli` is the command."""
-    line = re.sub(r"\bmmcli\b", SHELL, command)
+    line = re.sub(r"\bmmcli (?=embed)", f"{SHELL} ", command)
     done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=60)
     return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -56,6 +56,8 @@ def test_closed_streams(tmp_path: Path) -> None:
     assert "stdout is closed" in closed.err
     assert shell(f"mmcli embed {rows} -m fake:4 -o {tmp_path}/o.parquet >&- 2>&- <&-").code == 0
     assert read_output(tmp_path / "o.parquet").rows == 3
+    code = "import os, mmcli.__main__ as m; m._open_standard_streams(); [os.fstat(n) for n in range(3)]"
+    assert shell(f"{COMMAND[0]} -c '{code}' <&- >&- 2>&-").code == 0
     no_list = shell("mmcli embed - -m fake:4 <&-")
     assert no_list.code == 2
     assert "stdin is closed" in no_list.err

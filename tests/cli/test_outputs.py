@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -306,6 +307,7 @@ def test_a_live_list_is_answered_line_by_line(texts: Path) -> None:
         for number in (2, 0):
             child.stdin.write(f"{texts}/{number}.txt\n".encode())
             child.stdin.flush()
+            assert select.select([child.stdout], [], [], 20)[0], child.kill()
             assert json.loads(child.stdout.readline())["id"] == f"{texts}/{number}.txt"
         child.stdin.close()
         assert child.wait(timeout=10) == 0
