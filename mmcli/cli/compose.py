@@ -28,6 +28,7 @@ from mmcli.core.protocols import ModelPlan, Snapshot, Source, Task
 from mmcli.core.report import Report
 
 if TYPE_CHECKING:
+    from mmcli.media.pool import Nursery
     from mmcli.sources.open import SourceOptions
 
 
@@ -62,6 +63,7 @@ class Prepared:
     report: Report
     limits: RunLimits
     signals: Signals
+    nursery: Nursery | None = None
 
     def job(self, snapshot: Snapshot) -> Job:
         """Everything that can change an output byte."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmcli.cli import parse
 from mmcli.cli.boundary import guard
@@ -17,6 +19,9 @@ from mmcli.cli.signals import Signals
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, NothingToDo, OutputError, TryAgain
 from mmcli.core.protocols import Decoder, Snapshot
 from mmcli.core.report import Report
+
+if TYPE_CHECKING:
+    from mmcli.media.pool import Nursery
 
 # What a forward pass takes when --batch-size is auto. On two CPU cores 8 to 64 are equally fast; a GPU wants more.
 AUTO_BATCH_CPU, AUTO_BATCH_GPU = 32, 256
@@ -37,12 +42,29 @@ def execute(arguments: Arguments, planner: Planner) -> int:
 
 
 def _execute(arguments: Arguments, planner: Planner, messages: Messages, report: Report, signals: Signals) -> int:
-    prepared = prepare(arguments, planner, messages, report, signals)
-    if arguments.output.output == "-":
-        return _run_to_stdout(prepared)
-    from mmcli.cli.outputs import run_to_output
+    with _nursery(arguments) as nursery:
+        prepared = prepare(arguments, planner, messages, report, signals)
+        prepared.nursery = nursery
+        if arguments.output.output == "-":
+            return _run_to_stdout(prepared)
+        from mmcli.cli.outputs import run_to_output
 
-    return run_to_output(prepared)
+        return run_to_output(prepared)
+
+
+@contextmanager
+def _nursery(arguments: Arguments) -> Iterator[Nursery | None]:
+    """The decode workers' nursery, started before anything else: it imports while this process does."""
+    from mmcli.media.pool import Nursery
+    from mmcli.models.resolve import processor_imports
+
+    imports = processor_imports(arguments.model.model or "")
+    nursery = Nursery(imports) if imports and arguments.run.num_workers != "0" else None
+    try:
+        yield nursery
+    finally:
+        if nursery is not None:
+            nursery.close()
 
 
 def _run_to_stdout(prepared: Prepared) -> int:
@@ -182,4 +204,4 @@ def _decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
         wanted = max(1, min(MAX_AUTO_WORKERS, parse.available_cores(), snapshot.rows or MAX_AUTO_WORKERS))
     if wanted == 0:
         return InlineDecoder(plan, plan.decode)
-    return DecodePool(plan, plan.decode, wanted, prepared.limits.timeout_s)
+    return DecodePool(plan, plan.decode, wanted, prepared.limits.timeout_s, prepared.nursery)

@@ -10,6 +10,8 @@ A worker tells what it is doing through a Cell in shared memory, which survives 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import mmap
 import os
 import resource
@@ -123,9 +125,16 @@ class BlockDecoder:
             self.process_s += end - (decoded or end)
 
 
-def main(control: socket.socket) -> None:
-    """The nursery: receive (plan, options), answer None or an error text, then fork workers on demand."""
+def main(control: socket.socket, imports: Sequence[str] = ()) -> None:
+    """The nursery: receive (plan, options), answer None or an error text, then fork workers on demand.
+
+    imports  modules that the plan will need, to be imported before it comes
+    """
     _quiet()
+    for name in imports:
+        # What cannot be imported is told where it is needed.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
     try:
         plan, options = transport.receive(control)
         decoder = _open(plan, options)

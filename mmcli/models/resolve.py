@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from mmcli.core.protocols import ModelPlan
 from mmcli.models.options import ModelOptions
 
@@ -15,3 +17,16 @@ def resolve(options: ModelOptions) -> ModelPlan:
     from mmcli.models.families import plan_checkpoint
 
     return plan_checkpoint(options)
+
+
+def processor_imports(model: str) -> tuple[str, ...]:
+    """Modules that the processor of `-m model` will need, as far as its name and files tell (see Nursery)."""
+    from mmcli.models.fake import PREFIX
+
+    if model.startswith(PREFIX) or os.path.isfile(model):
+        return ()
+    names = ("torch", "transformers.models.auto.tokenization_auto")
+    settings = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    if os.path.isdir(model) and not any(os.path.isfile(os.path.join(model, name)) for name in settings):
+        return names
+    return (*names, "transformers.image_processing_backends")
