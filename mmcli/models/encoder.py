@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmcli.core.errors import ConfigError
+from mmcli.core.errors import ConfigError, ModelError, one_line
 from mmcli.core.records import DecodeOptions, Modality
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.facts import available, max_tokens, min_image_size, sampling_rate, setting
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from mmcli.models.runner import Tower
 
 FAMILY = "encoder"
+# Of the picture that measures a network's vectors; convolutions take any.
+_MEASURED_SIDE = 224
+# Weights that only training needs: checkpoints lack them (wav2vec2-base-960h), and vectors do not depend on them.
+_TRAINING_ONLY = ("masked_spec_embed", "embeddings.mask_token", "predictor.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Encoder:
     prefix      tokens before those of patches, which `mean` and `max` leave out; "registers" adds
                 config.num_register_tokens
     num_frames  where it has the frames of a clip
+    exact       sounds of unequal length cannot share a batch: padding changes the output although it is masked
     """
 
     modality: Modality
@@ -38,6 +43,7 @@ class Encoder:
     prefix: int = 0
     registers: bool = False
     num_frames: str | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ _CONV = Encoder("image", ("pooler", "mean", "max"), size="hidden_sizes.-1")
 _CONV_MEASURED = Encoder("image", ("pooler", "mean", "max"), size=None)
 _TOWER = Encoder("image", ("pooler", "mean", "max"))
 _SPEECH = Encoder("audio", ("mean", "max"))
+# Their convolutions read what is behind the end of a sound: up to 0.35 of the norm (data2vec), 0.15 (conformer).
+_SPEECH_EXACT = Encoder("audio", ("mean", "max"), exact=True)
 
 # model_type of config.json -> how it is called
 ENCODERS = {
@@ -80,7 +88,8 @@ ENCODERS = {
     "deit": Encoder("image", ("cls", "mean", "max", "pooler"), prefix=2),
     "dinov2": _VIT,
     "dinov2_with_registers": _DINO,
-    "dinov3_convnext": _CONV_MEASURED,
+    # Its last hidden state begins with the pooled vector.
+    "dinov3_convnext": Encoder("image", ("pooler", "cls", "mean", "max"), size="hidden_sizes.-1", prefix=1),
     "dinov3_vit": _DINO,
     "efficientnet": _CONV_MEASURED,
     "ijepa": Encoder("image", ("mean", "max")),
@@ -94,15 +103,16 @@ ENCODERS = {
     "vit": _VIT,
     "vit_msn": Encoder("image", ("cls", "mean", "max"), prefix=1),
     "audio-spectrogram-transformer": Encoder("audio", ("pooler", "cls", "mean", "max"), prefix=2),
-    "data2vec-audio": _SPEECH,
+    "data2vec-audio": _SPEECH_EXACT,
     "hubert": _SPEECH,
     "unispeech": _SPEECH,
     "unispeech-sat": _SPEECH,
     "wav2vec2": _SPEECH,
-    "wav2vec2-conformer": _SPEECH,
+    "wav2vec2-conformer": _SPEECH_EXACT,
     "wavlm": _SPEECH,
     "timesformer": Encoder("video", ("cls", "mean", "max"), prefix=1, num_frames="num_frames"),
     "videomae": Encoder("video", ("mean", "max"), num_frames="num_frames"),
+    "vjepa2": Encoder("video", ("mean", "max"), num_frames="frames_per_clip"),
     "vivit": Encoder("video", ("cls", "mean", "max", "pooler"), prefix=1, num_frames="num_frames"),
 }
 
@@ -154,14 +164,14 @@ def _inputs(checkpoint: Checkpoint, options: ModelOptions, row: Encoder) -> Inpu
         case "text":
             return Inputs(text=TextSpec(max_tokens(checkpoint, config)))
         case "audio":
-            return Inputs(audio=_audio_spec(checkpoint))
+            return Inputs(audio=_audio_spec(checkpoint, row))
         case "image":
             return Inputs(image=True, video=VideoSpec(options.frames, native=False))
         case "video":
             return Inputs(video=VideoSpec(int(setting(config, row.num_frames or "")), native=True))
 
 
-def _audio_spec(checkpoint: Checkpoint) -> AudioSpec:
+def _audio_spec(checkpoint: Checkpoint, row: Encoder) -> AudioSpec:
     config = checkpoint.config
     rate = sampling_rate(checkpoint)
     kernels = getattr(config, "conv_kernel", None)
@@ -171,8 +181,10 @@ def _audio_spec(checkpoint: Checkpoint) -> AudioSpec:
     samples = 1
     for kernel, stride in zip(reversed(kernels), reversed(config.conv_stride), strict=True):
         samples = (samples - 1) * stride + kernel
-    # Group norm takes its statistics over the padding too.
-    return AudioSpec("exact" if config.feat_extract_norm == "group" else "masked", rate, samples)
+    # Group norm takes its statistics over the padding too, and an adapter's convolutions reach over the end.
+    group_norm = getattr(config, "feat_extract_norm", None) == "group"
+    exact = row.exact or group_norm or getattr(config, "add_adapter", False)
+    return AudioSpec("exact" if exact else "masked", rate, samples)
 
 
 def _with_size(made: EmbeddingPlan, row: Encoder) -> EmbeddingPlan:
@@ -183,6 +195,8 @@ def _with_size(made: EmbeddingPlan, row: Encoder) -> EmbeddingPlan:
         return replace(made, embedding_size=_measured_size(made))
     name, _, index = row.size.partition(".")
     size = getattr(config, name)
+    if getattr(config, "add_adapter", False):
+        size = config.output_hidden_size
     return replace(made, embedding_size=int(size[int(index)] if index else size))
 
 
@@ -191,12 +205,14 @@ def _measured_size(plan: EmbeddingPlan) -> int:
     import torch
     from transformers import AutoModel
 
-    with torch.device("meta"):
-        model = AutoModel.from_config(plan.checkpoint.config).eval()
-        side = getattr(plan.checkpoint.config, "image_size", None) or 224
-        pixels = torch.zeros(1, 3, int(side), int(side))
-        with torch.inference_mode():
+    checkpoint = plan.checkpoint
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = AutoModel.from_config(checkpoint.config).eval()
+            pixels = torch.zeros(1, 3, _MEASURED_SIDE, _MEASURED_SIDE)
             return int(pool(model(pixel_values=pixels), None, plan.detail).shape[-1])
+    except Exception as error:
+        raise ConfigError(f"-m {checkpoint.id}: config.json is not usable: {one_line(str(error))}") from error
 
 
 def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
@@ -207,7 +223,8 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
     from mmcli.models.runner import load_model
 
     pooling: Pooling = plan.detail
-    model = load_model(AutoModel, plan, device, unused=() if pooling.name == "pooler" else ("pooler.",))
+    unused = _TRAINING_ONLY if pooling.name == "pooler" else (*_TRAINING_ONLY, "pooler.")
+    model = load_model(AutoModel, plan, device, unused)
     tower = encoder_tower(model, pooling)
     towers: dict[Modality, Tower] = dict.fromkeys(plan.modalities, tower)
     if plan.inputs.video and not plan.inputs.video.native:
@@ -218,9 +235,11 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
 def encoder_tower(model: Any, pooling: Pooling) -> Tower:
     """model(...) -> pooled [n, D]."""
     accepted = set(inspect.signature(model.forward).parameters)
+    # V-JEPA 2 predicts hidden patches beside, which nothing here reads.
+    options = {"skip_predictor": True} if "skip_predictor" in accepted else {}
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        output = model(**{name: tensor for name, tensor in inputs.items() if name in accepted})
+        output = model(**{name: tensor for name, tensor in inputs.items() if name in accepted}, **options)
         mask = inputs.get("attention_mask")
         if mask is not None and "input_values" in inputs:
             # Of samples -> of the frames that the convolutions make of them.
@@ -238,7 +257,9 @@ def pool(output: Any, mask: torch.Tensor | None, pooling: Pooling) -> torch.Tens
     import torch
 
     if pooling.name == "pooler":
-        pooled: torch.Tensor = output.pooler_output
+        pooled: torch.Tensor | None = output.pooler_output
+        if pooled is None:
+            raise ModelError("this checkpoint has no pooler", hint="--pooling mean")
         return pooled.flatten(1)
     hidden: torch.Tensor = output.last_hidden_state
     if hidden.ndim == 4:
