@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,13 @@ import pytest
 import tiny_dual
 import torch
 import transformers as hf
+from model_runs import Run, assert_same, plan_of
 from PIL import Image
 
-from mmcli.core.protocols import Pending
-from mmcli.core.records import Audio, Modality, Payload, Sample, Video
-from mmcli.engines.batching import Slot, batches
-from mmcli.models.options import ModelOptions
-from mmcli.models.plan import EmbeddingPlan
-from mmcli.models.resolve import resolve
+from mmcli.core.errors import RowError
+from mmcli.core.records import Audio, Media, Modality, Payload, Video
+from mmcli.media.decode import decode
+from mmcli.models.inputs import ImageProcessor, Normalize
 
 # Tokens that the text tower of each tiny checkpoint can take.
 LIMITS = {
@@ -84,36 +86,6 @@ def clips(num_frames: int) -> list[Video]:
     return found
 
 
-# ------------------------------------------------------------------------------------------ what mmcli gives
-
-
-def embed(plan: EmbeddingPlan, modality: Modality, payloads: Sequence[Payload], batch_size: int = 7) -> np.ndarray:
-    """Through processor, batches and runner, as a run does."""
-    return forward(plan.load(), samples_of(plan, modality, payloads), batch_size)
-
-
-def samples_of(plan: EmbeddingPlan, modality: Modality, payloads: Sequence[Payload]) -> list[Sample]:
-    processor = plan.open_processor()
-    return [processor(modality, payload) for payload in payloads]
-
-
-def forward(runner: Any, samples: Sequence[Sample], batch_size: int) -> np.ndarray:
-    found: dict[int, np.ndarray] = {}
-    slots = [Slot(row, 0, sample) for row, sample in enumerate(samples)]
-    for batch in batches(slots, lambda _: batch_size):
-        output = runner.forward(runner.collate([slot.sample for slot in batch]))
-        vectors = output.result() if isinstance(output, Pending) else output
-        assert vectors.dtype == np.float32
-        found.update(zip([slot.row for slot in batch], vectors, strict=True))
-    return np.stack([found[row] for row in range(len(samples))])
-
-
-def plan_of(folder: Path, **options: Any) -> EmbeddingPlan:
-    plan = resolve(ModelOptions(str(folder), device="cpu", **options))
-    assert isinstance(plan, EmbeddingPlan)
-    return plan
-
-
 # ------------------------------------------------------------------------------------------ the reference
 
 
@@ -176,14 +148,6 @@ class Reference:
         return output.pooler_output[:, 0] if self.name == "flava" else output.pooler_output
 
 
-def assert_same(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
-    wanted = wanted[np.arange(len(found)) % len(wanted)]
-    assert found.shape == wanted.shape
-    cosine = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert cosine.min() >= 0.99999, f"row {cosine.argmin()}"
-    assert np.abs(found - wanted).max() <= tolerance, f"row {np.abs(found - wanted).max(1).argmax()}"
-
-
 def assert_different(vectors: np.ndarray) -> None:
     """What is compared must depend on its input: most rows are far apart, as the tolerance goes."""
     distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
@@ -193,19 +157,16 @@ def assert_different(vectors: np.ndarray) -> None:
 def compare(
     name: str, folder: Path, modality: Modality, payloads: Sequence[Payload], note: Callable[[str, object], None]
 ) -> None:
-    """Rows equal the reference at batch sizes 1, 7 and 64: there 66 rows, by repeating the samples."""
-    plan = plan_of(folder)
+    """Rows equal the reference at batch sizes 1, 7 and 64, the last with enough rows to fill it."""
+    run = Run(folder)
     wanted = Reference(name, folder)(modality, payloads)
     assert_different(wanted)
-    assert wanted.shape[1] == plan.embedding_size
-    samples, runner = samples_of(plan, modality, payloads), plan.load()
-    cost = samples[0].cost
-    many = [samples[i % len(samples)] for i in range(66 if modality in ("text", "image") else 10)]
+    assert wanted.shape[1] == run.plan.embedding_size
+    cost = 4 if modality == "video" else 1
+    many = 66 if modality in ("text", "image") else 9
     worst = 0.0
-    for batch_size, some in ((1, samples), (7 * cost, samples), (64 * cost, many)):
-        found = forward(runner, some, batch_size)
-        assert_same(found, wanted)
-        worst = max(worst, float(np.abs(found[: len(wanted)] - wanted).max()))
+    for batch_size, rows in ((1, len(wanted)), (7, len(wanted)), (64, many)):
+        worst = max(worst, assert_same(run(modality, payloads, batch_size * cost, rows), wanted))
     note("difference", worst)
 
 
@@ -230,3 +191,176 @@ def test_clips_equal_the_reference(tiny: Callable[[str], Path], name: str, recor
     plan = plan_of(tiny(name), frames=13)
     assert plan.decode.num_frames == 4, "a video tower takes as many frames as it was made for"
     compare(name, tiny(name), "video", clips(4), record_property)
+
+
+# ------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("name", ["clip", "flava", "clap"])
+def test_raw_vectors_without_normalisation(tiny: Callable[[str], Path], name: str) -> None:
+    modality: Modality = "audio" if name == "clap" else "image"
+    payloads: Sequence[Payload] = sounds()[:2] if name == "clap" else pictures()
+    reference = Reference(name, tiny(name))
+    run = Run(tiny(name), normalize=False)
+    assert_same(run("text", TEXTS, 7, len(TEXTS)), reference("text", TEXTS, normalize=False))
+    assert_same(run(modality, payloads, 7, len(payloads)), reference(modality, payloads, normalize=False))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_bfloat16_stays_close(tiny: Callable[[str], Path], name: str) -> None:
+    reference = Reference(name, tiny(name))
+    run = Run(tiny(name), dtype="bfloat16")
+    for modality, payloads in (("text", TEXTS), ("image", pictures())):
+        found, wanted = run(modality, payloads, 64, len(payloads)), reference(modality, payloads)
+        assert found.dtype == np.float32
+        assert (found * wanted).sum(axis=1).min() >= 0.999
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2", "blip_retrieval"])
+def test_clip_through_an_image_tower(tiny: Callable[[str], Path], name: str) -> None:
+    """The mean of the frames' unit vectors, made a unit vector; without normalisation the mean of the frames'."""
+    videos = clips(5)
+    reference = Reference(name, tiny(name))
+    frames = np.stack([reference("image", list(video.frames), normalize=False) for video in videos])
+    run = Run(tiny(name), frames=5)
+    assert run.plan.decode.num_frames == 5
+    mean = (frames / np.linalg.norm(frames, axis=2, keepdims=True)).mean(axis=1)
+    wanted = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    assert np.abs(wanted - frames[:, 0] / np.linalg.norm(frames[:, 0], axis=1, keepdims=True)).max() > 0.02
+    for batch_size in (1, 15, 320):
+        assert_same(run("video", videos, batch_size, len(videos)), wanted)
+    raw = Run(tiny(name), frames=5, normalize=False)
+    assert_same(raw("video", videos, 15, len(videos)), frames.mean(axis=1))
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("chinese_clip"), tmp_path / "left"))
+    tiny_dual.edit_json(folder / "tokenizer_config.json", padding_side="left", model_input_names=["input_ids"])
+    wanted = Reference("chinese_clip", tiny("chinese_clip"))("text", TEXTS)
+    assert_same(Run(folder)("text", TEXTS, 64, len(TEXTS)), wanted)
+
+
+def test_patches_of_another_size(tmp_path: Path) -> None:
+    """Siglip2Processor ignores the saved patch size and number of patches; its image processor does not."""
+    folder = tiny_dual.siglip2(tmp_path / "small", patch_size=8, max_num_patches=20)
+    processor = hf.AutoImageProcessor.from_pretrained(folder)
+    model = hf.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    wanted = []
+    for picture in pictures():
+        with torch.no_grad():
+            inputs = processor(images=[Image.fromarray(picture)], return_tensors="pt")
+            wanted.append(model.get_image_features(**inputs).pooler_output[0].numpy())
+    unit = np.stack(wanted) / np.linalg.norm(wanted, axis=1, keepdims=True)
+    assert_same(Run(folder)("image", pictures(), 64, len(unit)), unit)
+
+
+def test_siglip_with_its_sentencepiece_tokenizer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the library of SigLIP's tokenizer")
+    pytest.importorskip("google.protobuf", reason="SigLIP's tokenizer needs it too")
+    folder = Path(shutil.copytree(tiny("siglip"), tmp_path / "siglip"))
+    (folder / "tokenizer.json").unlink()
+    sentences = ["a photo of a cat", "the red circle", "a dog and 42 cats, don't!"]
+    with (folder / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, vocab_size=40, hard_vocab_limit=False,
+            bos_id=-1, pad_id=-1, eos_id=1, unk_id=2, minloglevel=2,
+        )  # fmt: skip
+    settings = {"model_max_length": 16, "model_input_names": ["input_ids"]}
+    hf.SiglipTokenizer(str(folder / "spiece.model"), **settings).save_pretrained(folder)
+    wanted = Reference("siglip", folder)("text", TEXTS)
+    assert_different(wanted)
+    assert_same(Run(folder)("text", TEXTS, 7, len(TEXTS)), wanted)
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def odd_processors() -> dict[str, tuple[Any, bool]]:
+    """Image processors, and whether they send bytes."""
+    clip, square = partial(tiny_dual.cropped, hf.CLIPImageProcessor), tiny_dual.square
+    return {
+        "clip": (clip(), True),
+        "siglip": (square(hf.SiglipImageProcessor), True),
+        "blip": (square(hf.BlipImageProcessor), True),
+        "vit": (square(hf.ViTImageProcessor), True),
+        "chinese_clip": (tiny_dual.cropped(hf.ChineseCLIPImageProcessor), True),
+        "flava": (tiny_dual.cropped(hf.FlavaImageProcessor), True),
+        "crop_pct": (hf.ConvNextImageProcessor(size={"shortest_edge": tiny_dual.SIDE}, crop_pct=0.875), True),
+        "no normalisation": (clip(do_normalize=False), True),
+        "no rescaling": (clip(do_rescale=False), True),
+        "odd numbers": (clip(rescale_factor=1 / 200, image_mean=[0.1, 0.7, 0.2], image_std=[2.0, 0.01, 1.0]), True),
+        "crop only": (clip(do_resize=False), True),
+        "nearest": (square(hf.SiglipImageProcessor, resample=0), True),
+        "lanczos": (square(hf.SiglipImageProcessor, resample=1), True),
+        "padding": (square(hf.SiglipImageProcessor, do_pad=True, pad_size={"height": 40, "width": 40}), False),
+        "offset": (square(hf.EfficientNetImageProcessor, rescale_offset=True, rescale_factor=1 / 127.5), False),
+        "twice normalised": (square(hf.EfficientNetImageProcessor), False),
+        "patches": (hf.Siglip2ImageProcessor(), False),
+        "pixel mask": (hf.ViltImageProcessor(size={"shortest_edge": tiny_dual.SIDE}), False),
+        "pillow": (tiny_dual.cropped(hf.CLIPImageProcessorPil), True),
+    }
+
+
+@pytest.mark.parametrize("name", odd_processors())
+def test_pixels_equal_the_processors(name: str) -> None:
+    processor, sends_bytes = odd_processors()[name]
+    ours = ImageProcessor(processor)
+    normalize = Normalize.of(processor)
+    generator = np.random.default_rng(4)
+    shapes = [(480, 640), (32, 32), (90, 61), *generator.integers(60, 100, (12, 2)).tolist()]
+    for height, width in shapes:
+        picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        wanted = processor(images=[Image.fromarray(picture)], return_tensors="pt")
+        found = {key: torch.from_numpy(array) for key, array in ours(picture).arrays.items()}
+        assert found.keys() == wanted.keys()
+        assert (found["pixel_values"].dtype == torch.uint8) == sends_bytes
+        if sends_bytes:
+            found["pixel_values"] = normalize(found["pixel_values"])
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[key][0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["crop_pct", "no normalisation", "odd numbers", "offset", "pillow"])
+def test_vectors_with_an_odd_processor(tmp_path: Path, name: str) -> None:
+    processor, _ = odd_processors()[name]
+    folder = tiny_dual.clip(tmp_path / "odd", processor)
+    assert_same(Run(folder)("image", pictures(), 7, 10), Reference("clip", folder)("image", pictures()))
+
+
+def test_pictures_of_other_sizes_share_no_batch(tmp_path: Path) -> None:
+    """Without resizing, the model takes only its own size: the others fail, each as a row of its own."""
+    folder = tiny_dual.clip(
+        tmp_path / "as-is", tiny_dual.cropped(hf.CLIPImageProcessor, do_resize=False, do_center_crop=False)
+    )
+    processor = plan_of(folder).open_processor()
+    right, wrong = pictures()[6], pictures()[7]
+    groups = {processor("image", picture).group for picture in (right, right[::-1].copy(), wrong)}
+    assert len(groups) == 2
+    assert_same(Run(folder)("image", [right], 7, 9), Reference("clip", folder)("image", [right]))
+
+
+def test_a_hair_thin_picture_is_an_error_row() -> None:
+    process = ImageProcessor(hf.CLIPImageProcessor())
+    assert process(np.zeros((1, 900, 3), np.uint8)).arrays["pixel_values"].shape == (3, 224, 224)
+    with pytest.raises(RowError, match="1 x 100000 pixels: too narrow to be resized to 224") as caught:
+        process(np.zeros((100_000, 1, 3), np.uint8))
+    assert caught.value.code == "too_large"
+
+
+# ------------------------------------------------------------------------------------------ real data
+
+
+def test_zero_shot_through_mmcli_names_the_sample_pictures(sample_data: Path) -> None:
+    run = Run(sample_data / "models" / "clip")
+    rows = [json.loads(line) for line in (sample_data / "images.jsonl").read_text(encoding="utf-8").splitlines()]
+    payloads = []
+    options = replace(run.plan.decode, exact_decode=True)
+    for row in rows:
+        modality, payload = decode(Media(file=str(sample_data / row["image"])), options)
+        assert modality == "image"
+        payloads.append(payload)
+    labels = (sample_data / "labels.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    classes = run("text", [f"a photo of a {label}" for label in labels], 64, len(labels))
+    chosen = (run("image", payloads, 64, len(payloads)) @ classes.T).argmax(axis=1)
+    assert np.mean([labels[index] == row["label"] for index, row in zip(chosen, rows, strict=True)]) >= 0.9
