@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 
 from mmcli.core.errors import RowError
 from mmcli.core.extensions import guess_modality
@@ -17,9 +16,9 @@ File = io.FileIO | io.BytesIO
 _HEAD = 4096
 
 
-def warm_up(modalities: Iterable[Modality]) -> None:
-    """Import what decoding these modalities needs: called before workers are forked, which then share it."""
-    wanted = set(modalities)
+def warm_up(options: DecodeOptions) -> None:
+    """Import what decoding for these options needs: called before workers are forked, which then share it."""
+    wanted = options.modalities
     if "image" in wanted:
         from mmcli.media import image
 
@@ -28,7 +27,8 @@ def warm_up(modalities: Iterable[Modality]) -> None:
         from mmcli.media import audio, container, video  # noqa: F401
 
         container.load_library()
-    if "audio" in wanted:
+    if "audio" in wanted and options.sampling_rate is not None:
+        # 2 s, with torch: not for a model that takes sound at any rate.
         import torchaudio.functional  # noqa: F401
 
 

@@ -166,7 +166,7 @@ def main(control: socket.socket, imports: Sequence[str] = ()) -> None:
 def _open(plan: ModelPlan, options: DecodeOptions) -> BlockDecoder:
     from mmcli.media.decode import warm_up
 
-    warm_up(options.modalities)
+    warm_up(options)
     return BlockDecoder(plan.open_processor(), options)
 
 
