@@ -76,9 +76,10 @@ def pure_decode_s(rows: int = 20_000) -> float:
 
 @dataclass
 class Memory:
-    """Resident MB, sampled: (rows committed, main process, all decode processes)."""
+    """Resident MB, sampled: (rows committed, main process, decode processes); processor time of the main one."""
 
     samples: list[tuple[int, float, float]] = field(default_factory=list)
+    main_cpu_s: float = 0.0
 
     def near(self, rows: int) -> tuple[int, float, float] | None:
         """The largest of the samples around this many rows: one part more or less."""
@@ -93,6 +94,13 @@ def resident_mb(pid: int) -> float:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) / 1024
     return 0.0
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process: what the run costs, whatever else the machine is doing."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -116,6 +124,7 @@ def run(manifest: Path, out: Path, options: list[str]) -> tuple[dict, Memory, fl
             parts = len(list(staging.glob("part-*.parquet")))
             workers = sum(resident_mb(child) for child in descendants(process.pid))
             memory.samples.append((parts * PART_ROWS, resident_mb(process.pid), workers))
+            memory.main_cpu_s = cpu_s(process.pid)
         except OSError:
             continue
     assert process.stderr is not None
@@ -141,6 +150,7 @@ def main() -> None:
         options = [*arguments.options, "--part-rows", str(PART_ROWS)]
         report, memory, wall = run(manifest, Path(scratch) / "out.parquet", options)
     print(f"{arguments.kind}: {report['rows']:,} rows in {wall:.1f} s: {report['rows'] / wall:,.0f} rows/s")
+    print(f"main process: {memory.main_cpu_s / report['rows'] * 1e6:.1f} us of processor time a row")
     print("seconds by stage:", ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
     for rows in [r for r in (100_000, 500_000, 1_000_000, 5_000_000, 10_000_000) if r <= arguments.rows]:
         if near := memory.near(rows):

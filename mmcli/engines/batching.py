@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mmcli.core.errors import MmcliError, RowError
@@ -23,11 +23,12 @@ Outcomes = tuple[Sample | RowError, ...] | Result
 
 @dataclass(slots=True)
 class Slot:
-    """A sample and where its output belongs: `row` and the number of the medium in that row's record."""
+    """A sample and where its output belongs: at `medium` of the outputs of its `row`."""
 
     row: int
     medium: int
     sample: Sample
+    outputs: list[Any]
 
 
 @dataclass(slots=True)
@@ -45,55 +46,52 @@ class Window:
 
     known    per row what each of its media is or why it is not there, or the finished Result. Not the samples:
              their memory goes with their batch.
-    outputs  of the model, by (row, medium)
+    outputs  per row those of the model, one per medium; None until they are there
     nbytes   size of all model inputs
     """
 
     records: list[Record]
     known: list[tuple[Modality | RowError, ...] | Result]
+    outputs: list[list[Any]]
     nbytes: int
-    outputs: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Sequence[Arrived]) -> tuple[Window, list[Slot]]:
         """The window, and the samples to compute: of rows whose media are all there."""
+        window = cls([r.record for r in rows], [], [], sum([r.nbytes for r in rows]))
         slots: list[Slot] = []
-        known: list[tuple[Modality | RowError, ...] | Result] = []
         for row in rows:
             outcomes = row.outcomes
+            outputs: list[Any] = []
+            window.outputs.append(outputs)
             if isinstance(outcomes, Result):
-                known.append(outcomes)
+                window.known.append(outcomes)
                 continue
-            mine = []
-            for medium, outcome in enumerate(outcomes):
-                if isinstance(outcome, Sample):
-                    mine.append(Slot(row.record.row, medium, outcome))
-            if len(mine) == len(outcomes):
-                slots += mine
-            known.append(tuple([o.modality if isinstance(o, Sample) else o for o in outcomes]))
-        return cls([r.record for r in rows], known, sum(r.nbytes for r in rows)), slots
+            window.known.append(tuple([o.modality if isinstance(o, Sample) else o for o in outcomes]))
+            samples = [o for o in outcomes if isinstance(o, Sample)]
+            if len(samples) == len(outcomes):
+                outputs += [None] * len(samples)
+                for medium, sample in enumerate(samples):
+                    slots.append(Slot(row.record.row, medium, sample, outputs))
+        return window, slots
 
     def results(self, task: Task, start_row: int) -> list[Result]:
         """The output rows from `start_row` on, once `outputs` is complete."""
         results = []
-        for record, known in zip(self.records, self.known, strict=True):
-            if record.row >= start_row:
-                results.append(known if isinstance(known, Result) else self._result(task, record, known))
+        for record, known, outputs in zip(self.records, self.known, self.outputs, strict=True):
+            if record.row < start_row:
+                continue
+            if isinstance(known, Result):
+                results.append(known)
+                continue
+            for one in (*known, *outputs):
+                if isinstance(one, RowError):
+                    results.append(Result(record, _modality(record, known), error=one))
+                    break
+            else:
+                # No RowError is among `known`.
+                results.append(task.result(record, known, outputs))  # type: ignore[arg-type]
         return results
-
-    def _result(self, task: Task, record: Record, known: tuple[Modality | RowError, ...]) -> Result:
-        modalities: list[Modality] = []
-        for one in known:
-            if isinstance(one, RowError):
-                return Result(record, _modality(record, known), error=one)
-            modalities.append(one)
-        outputs = []
-        for medium in range(len(known)):
-            output = self.outputs[record.row, medium]
-            if isinstance(output, RowError):
-                return Result(record, _modality(record, known), error=output)
-            outputs.append(output)
-        return task.result(record, modalities, outputs)
 
 
 class Windows:

