@@ -76,10 +76,11 @@ def pure_decode_s(rows: int = 20_000) -> float:
 
 @dataclass
 class Memory:
-    """Resident MB, sampled: (rows committed, main process, decode processes); processor time of the main one."""
+    """Resident MB, sampled: (rows committed, main process, decode processes); their processor seconds."""
 
     samples: list[tuple[int, float, float]] = field(default_factory=list)
     main_cpu_s: float = 0.0
+    workers_cpu_s: float = 0.0
 
     def near(self, rows: int) -> tuple[int, float, float] | None:
         """The largest of the samples around this many rows: one part more or less."""
@@ -125,6 +126,7 @@ def run(manifest: Path, out: Path, options: list[str]) -> tuple[dict, Memory, fl
             workers = sum(resident_mb(child) for child in descendants(process.pid))
             memory.samples.append((parts * PART_ROWS, resident_mb(process.pid), workers))
             memory.main_cpu_s = cpu_s(process.pid)
+            memory.workers_cpu_s = max(memory.workers_cpu_s, sum(cpu_s(c) for c in descendants(process.pid)))
         except OSError:
             continue
     assert process.stderr is not None
@@ -150,7 +152,8 @@ def main() -> None:
         options = [*arguments.options, "--part-rows", str(PART_ROWS)]
         report, memory, wall = run(manifest, Path(scratch) / "out.parquet", options)
     print(f"{arguments.kind}: {report['rows']:,} rows in {wall:.1f} s: {report['rows'] / wall:,.0f} rows/s")
-    print(f"main process: {memory.main_cpu_s / report['rows'] * 1e6:.1f} us of processor time a row")
+    costs = [seconds / report["rows"] * 1e6 for seconds in (memory.main_cpu_s, memory.workers_cpu_s)]
+    print("processor time a row: main process {:.1f} us, decode processes {:.1f} us".format(*costs))
     print("seconds by stage:", ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
     for rows in [r for r in (100_000, 500_000, 1_000_000, 5_000_000, 10_000_000) if r <= arguments.rows]:
         if near := memory.near(rows):

@@ -94,7 +94,7 @@ class PartWriter:
             self._failure = failure
 
     def _add(self, window: Window) -> None:
-        with self._report.timed("post"):
+        with self._report.timed("write"):
             start_row = self._next_row + len(self._signatures)
             results = window.results(self._layout.task, start_row)
             self._results += results

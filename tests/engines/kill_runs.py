@@ -22,7 +22,8 @@ from PIL import Image
 ENDS = {
     signal.SIGKILL: {-signal.SIGKILL},
     signal.SIGTERM: {143, -signal.SIGTERM},
-    signal.SIGINT: {130, -signal.SIGINT},
+    # 1: while Python imports its own start-up modules.
+    signal.SIGINT: {130, -signal.SIGINT, 1},
 }
 FINISHED = 3  # there are error rows
 
@@ -93,7 +94,8 @@ class Trial:
             self.check(complete)
             return False
         assert process.returncode in ENDS[number], (process.returncode, errors)
-        if "Traceback" in errors:
+        assert process.returncode != 1 or errors.rstrip().endswith("KeyboardInterrupt"), errors
+        if "Traceback" in errors and "/mmcli/" in errors:
             tally.tracebacks.append(errors)
         tally.kills[number.name] += 1
         tally.found[self.state()] += 1
