@@ -155,10 +155,12 @@ def main() -> None:
     costs = [seconds / report["rows"] * 1e6 for seconds in (memory.main_cpu_s, memory.workers_cpu_s)]
     print("processor time a row: main process {:.1f} us, decode processes {:.1f} us".format(*costs))
     print("seconds by stage:", ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items()))
-    for rows in [r for r in (100_000, 500_000, 1_000_000, 5_000_000, 10_000_000) if r <= arguments.rows]:
+    steps = [r for r in (100_000, 500_000, *range(1_000_000, 100_000_000, 1_000_000)) if r < arguments.rows]
+    for rows in steps:
         if near := memory.near(rows):
             print(f"memory at {rows:>10,} rows: main {near[1]:.0f} MB, decode processes {near[2]:.0f} MB")
-    print(f"memory at most: main {max(s[1] for s in memory.samples):.0f} MB")
+    last = [s for s in memory.samples if s[0] >= arguments.rows - PART_ROWS]
+    print(f"memory at the end, finalising: main {max((s[1] for s in last), default=0):.0f} MB")
     if arguments.kind == "png":
         pure = pure_decode_s()
         print(f"Pillow alone: {pure * 1e6:.0f} us a picture, {1 / pure:,.0f} rows/s on one core")

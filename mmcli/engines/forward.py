@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ class Forward:
     def _failed(self, samples: Sequence[Sample], failure: RowError) -> list[Output]:
         if failure.code == "oom":
             self._report.oom_halvings += 1
+            # A model may have left tensors in cycles.
+            gc.collect()
         if len(samples) == 1:
             return [self._failed_alone(failure)]
         if failure.code == "oom":

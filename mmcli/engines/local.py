@@ -8,11 +8,13 @@ writer thread:     finished windows -> Results -> parts                         
 
 from __future__ import annotations
 
+import gc
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,8 @@ from mmcli.engines.writer import PartLimits, PartWriter
 READY_BATCHES = 2
 # Where rows are wanted at once: when nothing has come for so long, what is there is computed.
 IDLE_S = 0.05
+# New objects after which cycles are looked for.
+GC_OBJECTS = 20_000
 # Windows that wait until it is known whether their failed inputs or the model is at fault.
 MAX_HELD = 32
 
@@ -104,13 +108,23 @@ def run(work: Work, options: LocalOptions) -> None:
     Raises ErrorBudgetExceeded, Stopped, TryAgain (time limit), ModelError or OutputError; in each case the
     rows that were complete are committed, except those that a failing model may have turned into errors.
     """
-    before = sys.getswitchinterval()
+    with _tuned():
+        _Run(work, options).run()
+
+
+@contextmanager
+def _tuned() -> Iterator[None]:
+    """Settings of the interpreter for many small objects in several threads, while the block runs."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     # The main thread feeds the device: with the usual 5 ms it would wait that long for the lock each time.
     sys.setswitchinterval(0.0005)
+    # Rows make no cycles; looking for some every 700 objects takes 20 % of the time (40 -> 31 us a row).
+    gc.set_threshold(GC_OBJECTS, *thresholds[1:])
     try:
-        _Run(work, options).run()
+        yield
     finally:
-        sys.setswitchinterval(before)
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ A worker tells what it is doing through a Cell in shared memory, which survives 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import mmap
 import os
@@ -173,6 +174,9 @@ def _open(plan: ModelPlan, options: DecodeOptions) -> BlockDecoder:
 def _serve(decoder: BlockDecoder, sock: socket.socket, cell: Cell) -> None:
     """A worker: answer blocks until the supervisor closes the socket."""
     die_with_parent()
+    # What the nursery made stays, shared with it, and rows make no cycles.
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
     while True:
         try:
             number, records = transport.receive(sock)
