@@ -116,6 +116,10 @@ ENCODERS = {
     "vivit": Encoder("video", ("cls", "mean", "max", "pooler"), prefix=1, num_frames="num_frames"),
 }
 
+# Their convolutions are faster on weights laid out as channels_last (one core, batch 32: MobileNetV2 and ResNet-50
+# 1.39 times, RegNet 1.18, EfficientNet 1.14; ConvNeXt 0.95), and the same to 1e-6.
+_CHANNELS_LAST = frozenset(["bit", "efficientnet", "mobilenet_v1", "mobilenet_v2", "regnet", "resnet"])
+
 
 def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: Encoder) -> EmbeddingPlan:
     """What `row` says about this checkpoint. Raises ConfigError."""
@@ -217,6 +221,7 @@ def _measured_size(plan: EmbeddingPlan) -> int:
 
 def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
     """The tower of a loaded model; an image encoder has one for the frames of clips too."""
+    import torch
     from transformers import AutoModel
 
     from mmcli.models.dual_encoder import frame_tower
@@ -225,6 +230,8 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
     pooling: Pooling = plan.detail
     unused = _TRAINING_ONLY if pooling.name == "pooler" else (*_TRAINING_ONLY, "pooler.")
     model = load_model(AutoModel, plan, device, unused)
+    if plan.checkpoint.config.model_type in _CHANNELS_LAST:
+        model = model.to(memory_format=torch.channels_last)
     tower = encoder_tower(model, pooling)
     towers: dict[Modality, Tower] = dict.fromkeys(plan.modalities, tower)
     if plan.inputs.video and not plan.inputs.video.native:

@@ -1,15 +1,14 @@
-"""Vectors of payloads as a run computes them: processor, batches, runner."""
+"""Vectors of payloads as a run computes them: processor, batches of mixed lengths, runner."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmcli.core.records import Modality, Payload
-from mmcli.engines.batching import Slot, batches
 from mmcli.models.options import ModelOptions
 from mmcli.models.plan import EmbeddingPlan
 from mmcli.models.resolve import resolve
@@ -31,12 +30,16 @@ class Run:
     def __call__(self, modality: Modality, payloads: Sequence[Payload], batch_size: int, rows: int) -> np.ndarray:
         """[rows, D]: row i is the vector of payload i % len(payloads)."""
         samples = [self.processor(modality, payload) for payload in payloads]
+        groups: dict[Hashable, list[int]] = {}
+        for row in range(rows):
+            groups.setdefault(samples[row % len(samples)].group, []).append(row)
         found: dict[int, np.ndarray] = {}
-        slots = [Slot(row, 0, samples[row % len(samples)]) for row in range(rows)]
-        for batch in batches(slots, lambda _: batch_size):
-            output = self.runner.forward(self.runner.collate([slot.sample for slot in batch]))
-            vectors = output if isinstance(output, np.ndarray) else output.result()
-            found.update(zip([slot.row for slot in batch], vectors, strict=True))
+        for members in groups.values():
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                output = self.runner.forward(self.runner.collate([samples[row % len(samples)] for row in batch]))
+                vectors = output if isinstance(output, np.ndarray) else output.result()
+                found.update(zip(batch, vectors, strict=True))
         return np.stack([found[row] for row in range(rows)])
 
 
