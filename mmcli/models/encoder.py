@@ -54,14 +54,18 @@ class Pooling:
     skip: int = 0
 
 
+# Why a type's own pooling is what it is. Texts: the mean of the tokens, as sentence-transformers begins with.
 _TEXT = Encoder("text", ("mean", "cls", "max", "pooler"))
 _TEXT_WITHOUT_POOLER = Encoder("text", ("mean", "cls", "max"))
 # ViT's pooler is random in checkpoints that were saved with a classification head; the class token is not.
 _VIT = Encoder("image", ("cls", "mean", "max", "pooler"), prefix=1)
 _DINO = Encoder("image", ("cls", "mean", "max", "pooler"), prefix=1, registers=True)
+# Convolutions: the average of the last feature map, which is their pooler and what their classifiers take.
 _CONV = Encoder("image", ("pooler", "mean", "max"), size="hidden_sizes.-1")
 _CONV_MEASURED = Encoder("image", ("pooler", "mean", "max"), size=None)
+# Swin's pooler averages the last stage; SigLIP's is an attention head that was trained with it.
 _TOWER = Encoder("image", ("pooler", "mean", "max"))
+# Speech: the mean of the frames, as their classifiers take it; there is no class token.
 _SPEECH = Encoder("audio", ("mean", "max"))
 # Their convolutions read what is behind the end of a sound: up to 0.35 of the norm (data2vec), 0.15 (conformer).
 _SPEECH_EXACT = Encoder("audio", ("mean", "max"), exact=True)
@@ -80,8 +84,10 @@ ENCODERS = {
     "mpnet": _TEXT,
     "roberta": _TEXT,
     "xlm-roberta": _TEXT,
+    # Its pooler is the mean of the patches, normalised: what its classifier takes.
     "beit": Encoder("image", ("pooler", "cls", "mean", "max"), prefix=1),
     "bit": _CONV_MEASURED,
+    # Its pooler is the class token, normalised: what CLIP projects.
     "clip_vision_model": Encoder("image", ("pooler", "cls", "mean", "max"), prefix=1),
     "convnext": _CONV,
     "convnextv2": _CONV,
@@ -92,6 +98,7 @@ ENCODERS = {
     "dinov3_convnext": Encoder("image", ("pooler", "cls", "mean", "max"), size="hidden_sizes.-1", prefix=1),
     "dinov3_vit": _DINO,
     "efficientnet": _CONV_MEASURED,
+    # No class token and no pooler.
     "ijepa": Encoder("image", ("mean", "max")),
     "mobilenet_v1": _CONV_MEASURED,
     "mobilenet_v2": _CONV_MEASURED,
@@ -102,6 +109,7 @@ ENCODERS = {
     "swinv2": _TOWER,
     "vit": _VIT,
     "vit_msn": Encoder("image", ("cls", "mean", "max"), prefix=1),
+    # Its pooler is the mean of class and distillation token: what its classifier takes.
     "audio-spectrogram-transformer": Encoder("audio", ("pooler", "cls", "mean", "max"), prefix=2),
     "data2vec-audio": _SPEECH_EXACT,
     "hubert": _SPEECH,
@@ -110,6 +118,8 @@ ENCODERS = {
     "wav2vec2": _SPEECH,
     "wav2vec2-conformer": _SPEECH_EXACT,
     "wavlm": _SPEECH,
+    # TimeSformer's and ViViT's classifiers take the class token, VideoMAE's the mean. V-JEPA 2's has a pooler of
+    # its own, which the bare model lacks.
     "timesformer": Encoder("video", ("cls", "mean", "max"), prefix=1, num_frames="num_frames"),
     "videomae": Encoder("video", ("mean", "max"), num_frames="num_frames"),
     "vjepa2": Encoder("video", ("mean", "max"), num_frames="frames_per_clip"),

@@ -23,7 +23,7 @@ from mmcli.core.errors import ConfigError, ModelError, RowError
 from mmcli.core.records import Audio, DecodeOptions, Media, Video
 from mmcli.media.decode import decode
 
-BATCHES = ((1, 12), (7, 24), (64, 64))
+BATCHES = ((1, 12), (7, 14), (64, 64))
 
 TEXTS = [
     "a photo of a cat", "", "x", "The red circle!", "a cat's 42 dogs, and no circle at all?", "don't",
@@ -89,8 +89,10 @@ def rows(vectors: list[torch.Tensor]) -> np.ndarray:
 def check(run: Run, modality: Any, payloads: Sequence[Any], wanted: np.ndarray) -> None:
     assert run.plan.embedding_size == wanted.shape[1]
     assert_distinct(wanted)
+    # A pooling that must be asked for shares all the rest with the type's own.
+    batches = BATCHES if run.plan.pooling == plan_of(run.plan.checkpoint.directory).pooling else BATCHES[1:2]
     errors = [
-        assert_same(run(modality, payloads, size, max(number, len(payloads))), wanted) for size, number in BATCHES
+        assert_same(run(modality, payloads, size, max(number, len(payloads))), wanted) for size, number in batches
     ]
     print(f"{run.plan.checkpoint.directory.name} {run.plan.pooling}: {max(errors):.1e}")
 
