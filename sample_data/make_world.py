@@ -226,9 +226,7 @@ def _draw_shape(
         return
     points = []
     for angle, length in _outline(shape):
-        points.append(
-            (x + radius * length * math.sin(angle + turn), y - radius * length * math.cos(angle + turn))
-        )
+        points.append((x + radius * length * math.sin(angle + turn), y - radius * length * math.cos(angle + turn)))
     draw.polygon(points, fill=255)
 
 
@@ -473,9 +471,7 @@ def write_videos(folder: Path) -> None:
     for name, scene, direction in sample_clips():
         _write_mp4(folder / "videos" / name, render_clip(scene, direction))
         text = f"{article(scene.label)} moving {direction} on a {scene.background} background"
-        rows.append(
-            {"video": f"videos/{name}", "caption": text, "label": scene.label, "direction": direction}
-        )
+        rows.append({"video": f"videos/{name}", "caption": text, "label": scene.label, "direction": direction})
     _write_csv(folder / "videos.csv", rows)
 
 
@@ -529,9 +525,7 @@ def write_world(folder: Path) -> None:
 def main() -> None:
     """Parse the command line and write the world."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to")
     write_world(parser.parse_args().out)
 
 

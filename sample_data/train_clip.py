@@ -290,9 +290,7 @@ def batch_loss(
     scale = model.logit_scale.exp()
     logits = scale * out.image_embeds.float() @ out.text_embeds.float().T
     loss = contrastive_loss(logits, fits)
-    return loss + help_weight * (
-        heads(out.image_embeds.float(), facts) + heads(out.text_embeds.float(), stated)
-    )
+    return loss + help_weight * (heads(out.image_embeds.float(), facts) + heads(out.text_embeds.float(), stated))
 
 
 def train(model: CLIPModel, batches: Batches, steps: int) -> None:
@@ -355,9 +353,7 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor, seed: int) -> dict[str,
     unseen = [world.random_scene(rng, "unseen") for _ in range(600)]
     scores = {}
     for template in ("a photo of a {}", "{}"):
-        scores[f'new scenes of seen pairs, "{template}"'] = zero_shot(
-            model, processor, held_out, template
-        ).mean()
+        scores[f'new scenes of seen pairs, "{template}"'] = zero_shot(model, processor, held_out, template).mean()
         scores[f'never-seen pairs, "{template}"'] = zero_shot(model, processor, unseen, template).mean()
     singles = [scene for scene in held_out if scene.count == 1]
     for size in world.SIZES:

@@ -151,9 +151,7 @@ def test_questions_are_answered_by_the_scene(world: ModuleType) -> None:
 
 @pytest.mark.parametrize("kind", MEDIA)
 def test_manifests_list_every_file_once(sample_data: Path, kind: str) -> None:
-    listed = [
-        row[kind.removesuffix("s").replace("sound", "audio")] for row in read_rows(sample_data / MEDIA[kind])
-    ]
+    listed = [row[kind.removesuffix("s").replace("sound", "audio")] for row in read_rows(sample_data / MEDIA[kind])]
     present = {f"{kind}/{name}" for name in names(sample_data / kind)} - {"images/metadata.jsonl"}
     assert sorted(listed) == sorted(present)
 

@@ -204,4 +204,6 @@ def _decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
         wanted = max(1, min(MAX_AUTO_WORKERS, parse.available_cores(), snapshot.rows or MAX_AUTO_WORKERS))
     if wanted == 0:
         return InlineDecoder(plan, plan.decode)
-    return DecodePool(plan, plan.decode, wanted, prepared.limits.timeout_s, prepared.nursery)
+    named = {m for m, count in snapshot.modalities.items() if count}
+    expected = frozenset(m for m in named if m is not None) if named and None not in named else None
+    return DecodePool(plan, plan.decode, wanted, prepared.limits.timeout_s, prepared.nursery, expected)

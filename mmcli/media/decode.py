@@ -16,9 +16,9 @@ File = io.FileIO | io.BytesIO
 _HEAD = 4096
 
 
-def warm_up(options: DecodeOptions) -> None:
-    """Import what decoding for these options needs: called before workers are forked, which then share it."""
-    wanted = options.modalities
+def warm_up(options: DecodeOptions, expected: frozenset[Modality]) -> None:
+    """Import what decoding `expected` media needs: called before workers are forked, which then share it."""
+    wanted = options.modalities & expected
     if "image" in wanted:
         from mmcli.media import image
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from mmcli.core.errors import MmcliError, ModelError, RowError
 from mmcli.core.protocols import ModelPlan
-from mmcli.core.records import Decoded, DecodeOptions, Record
+from mmcli.core.records import Decoded, DecodeOptions, Modality, Record
 from mmcli.media import transport
 from mmcli.media.worker import Answer, BlockDecoder, Cell
 
@@ -121,6 +121,8 @@ class DecodePool:
 
     A record in whose decoding a worker dies is tried once more, alone, in a fresh worker; when that dies
     too, the record is a `worker_crash`. A record that takes longer than `timeout_s` is a `timeout`.
+
+    expected  modalities whose libraries are loaded before workers are forked; others are when they turn up
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class DecodePool:
         num_workers: int,
         timeout_s: float,
         nursery: Nursery | None = None,
+        expected: frozenset[Modality] | None = None,
     ) -> None:
         self.num_workers, self._timeout_s = num_workers, timeout_s
         self._workers: list[_Worker] = []
@@ -140,7 +143,7 @@ class DecodePool:
         self._selector = selectors.DefaultSelector()
         self._nursery = nursery or Nursery()
         self._control = self._nursery.control
-        transport.send(self._control, (plan, options))
+        transport.send(self._control, (plan, options, options.modalities if expected is None else expected))
         self._opened = False
 
     def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from mmcli.core.errors import RowError
 from mmcli.core.protocols import ModelPlan, Processor
-from mmcli.core.records import DecodeOptions, Media, Sample
+from mmcli.core.records import DecodeOptions, Media, Modality, Sample
 from mmcli.media import transport
 
 Outcome = Sample | RowError
@@ -127,7 +127,7 @@ class BlockDecoder:
 
 
 def main(control: socket.socket, imports: Sequence[str] = ()) -> None:
-    """The nursery: receive (plan, options), answer None or an error text, then fork workers on demand.
+    """The nursery: receive (plan, options, expected modalities), answer None or an error, then fork on demand.
 
     imports  modules that the plan will need, to be imported before it comes
     """
@@ -137,8 +137,7 @@ def main(control: socket.socket, imports: Sequence[str] = ()) -> None:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     try:
-        plan, options = transport.receive(control)
-        decoder = _open(plan, options)
+        decoder = _open(*transport.receive(control))
     except EOFError:
         return
     except Exception as error:  # noqa: BLE001 - the supervisor raises it where the user sees it
@@ -164,10 +163,10 @@ def main(control: socket.socket, imports: Sequence[str] = ()) -> None:
             transport.send(control, os.waitpid(request, 0)[1])
 
 
-def _open(plan: ModelPlan, options: DecodeOptions) -> BlockDecoder:
+def _open(plan: ModelPlan, options: DecodeOptions, expected: frozenset[Modality]) -> BlockDecoder:
     from mmcli.media.decode import warm_up
 
-    warm_up(options)
+    warm_up(options, expected)
     return BlockDecoder(plan.open_processor(), options)
 
 

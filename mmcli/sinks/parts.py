@@ -147,5 +147,3 @@ def to_bytes(signatures: pa.Array) -> bytes:
     buffer = np.frombuffer(filled.buffers()[1], np.uint8) if len(filled) else np.empty(0, np.uint8)
     start = filled.offset * SIGNATURE_BYTES
     return buffer[start : start + len(filled) * SIGNATURE_BYTES].tobytes()
-
-

@@ -165,6 +165,7 @@ class PreviousRows:
             self._copy_path.unlink(missing_ok=True)
             return None
 
+
 def _read_group(path: Path, index: int, columns: list[str]) -> pa.Table:
     with output_errors(path), damaged_part(path), open_parquet(path) as file:
         return file.read_row_group(index, columns=columns)

@@ -49,7 +49,7 @@ def table(start: int, stop: int, value: float = 0.0, modality: str = "image") ->
         ["error" if b else "ok" for b in bad],
         pa.array(["corrupt" if b else None for b in bad], pa.string()),
         pa.array(["decode" if b else None for b in bad], pa.string()),
-        pa.array(["it is \"broken\"\n" if b else None for b in bad], pa.string()),
+        pa.array(['it is "broken"\n' if b else None for b in bad], pa.string()),
     ]
     return pa.table(columns, schema=SCHEMA)
 
