@@ -282,6 +282,23 @@ def test_a_signal_while_the_model_loads(tmp_path: Path, number: int, code: int, 
     assert err == f"mmcli: {name}; 0 of 3 rows are safe\n  try: run the same command again to go on\n"
 
 
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_in_a_library_is_no_failure_of_it(tmp_path: Path, shared_data: Path, number: int) -> None:
+    """One that comes while the size of the vectors is measured, where any exception blames config.json."""
+    script = (
+        "import os, sys, torch\n"
+        "from mmcli.cli.boundary import run\n"
+        "zeros = torch.zeros\n"
+        f"torch.zeros = lambda *a, **k: (os.kill(os.getpid(), {number}), zeros(*a, **k))[1]\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    model = shared_data / "models" / "mobilenet_v2_1.0_224"
+    command = [sys.executable, "-c", script, "embed", manifest(tmp_path / "m.csv", 3), "--path-column", "text"]
+    done = subprocess.run([*map(str, command), "-m", str(model)], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + number, b"")
+    assert done.stderr == (b"mmcli: interrupted\n" if number == 2 else b"mmcli: terminated\n")
+
+
 def test_interrupted_before_anything_is_under_way() -> None:
     """A signal that comes while modules are imported."""
     script = (
