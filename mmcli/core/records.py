@@ -5,6 +5,7 @@ Source -> Record -> (decode) -> Sample -> (batch) -> Runner -> Result -> Sink
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 Modality = Literal["text", "image", "audio", "video"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "audio", "video")
+_INT64 = 2**63
+
+
+def mtime_ns(status: os.stat_result) -> int:
+    """Modification time in ns, kept within 64 bits: file systems know years after 2262, int64 does not."""
+    return max(-_INT64, min(_INT64 - 1, status.st_mtime_ns))
 
 
 @dataclass(slots=True)

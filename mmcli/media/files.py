@@ -7,7 +7,7 @@ import os
 import stat
 
 from mmcli.core.errors import ErrorCode, RowError
-from mmcli.core.records import Media
+from mmcli.core.records import Media, mtime_ns
 
 _CODES: dict[type[OSError], ErrorCode] = {
     FileNotFoundError: "not_found",
@@ -53,7 +53,7 @@ def _open_file(media: Media, path: str, max_bytes: int) -> MediaFile:
         _check_regular(found.st_mode)
         if media.size is not None and found.st_size != media.size:
             raise RowError("input_changed", f"the file had {media.size} bytes when listed, now {found.st_size}")
-        if media.mtime_ns is not None and found.st_mtime_ns != media.mtime_ns:
+        if media.mtime_ns is not None and mtime_ns(found) != media.mtime_ns:
             raise RowError("input_changed", "the file was modified after it was listed")
         _check_size(found.st_size, max_bytes)
     except BaseException:

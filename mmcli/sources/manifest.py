@@ -142,16 +142,36 @@ class ManifestSource:
         """Records from row `start` on. Raises StateMismatch when the manifest is not the one of the snapshot."""
         if self._identity is None:
             raise RuntimeError("call snapshot() before records()")
-        if self._file_identity() != self._identity:
-            raise StateMismatch(f"{self._label} changed after it was listed", hint="run the same command again")
+        seen = self._status()
+        self._check_identity()
         stats = self._file_stats(start)
         row = start
         for block in self.manifest.blocks(self.selection, start):
+            # A row that was read before the change is right; one that came with it must not be taken for another.
+            now = self._status()
+            if now != seen and now[0] == seen[0]:
+                self._check_identity()
+                seen = now
             sizes = list(islice(stats, block.rows)) if self._stats else []
             yield from self._records(block, row, sizes)
             row += block.rows
         if row < self._rows:
             raise StateMismatch(f"{self._label} has {row} rows; there were {self._rows} when it was listed")
+
+    def _check_identity(self) -> None:
+        if self._file_identity() != self._identity:
+            raise StateMismatch(
+                f"{self._label} changed after it was listed",
+                hint="run the same command again; add --update when rows of it are already committed",
+            )
+
+    def _status(self) -> tuple[int, int, int]:
+        """(inode, size, mtime). With another inode the file was replaced: what is open is still the old one."""
+        try:
+            status = os.stat(self.manifest.path)
+        except OSError:
+            return 0, 0, 0
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _file_stats(self, start: int) -> Iterator[tuple[int | None, ...]]:
         if self._stats is None:

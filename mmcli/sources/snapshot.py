@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmcli.core.records import Modality
+from mmcli.core.records import Modality, mtime_ns
 
 # Rows of a record batch. Batches are equally long, so that the one with row N is known.
 BATCH_ROWS = 8192
@@ -42,7 +42,7 @@ def stat_file(path: str | bytes) -> tuple[int | None, int | None]:
     except (OSError, ValueError):
         # Missing, a name that is too long, or one with NUL: the decoder gives this row its error.
         return None, None
-    return (status.st_size if stat.S_ISREG(status.st_mode) else NOT_A_FILE), status.st_mtime_ns
+    return (status.st_size if stat.S_ISREG(status.st_mode) else NOT_A_FILE), mtime_ns(status)
 
 
 def file_identity(path: str) -> str:

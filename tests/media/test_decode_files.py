@@ -284,3 +284,14 @@ def test_noise_of_every_size_is_an_error():
         for _ in range(5):
             assert code(b"\xff\0" + rng.bytes(size)) in ("unsupported_format", "corrupt", "truncated")
     assert code(bytes(5000)) == "unsupported_format"
+
+
+def test_a_time_beyond_64_bits(tmp_path):
+    """Such times come from broken clocks and archives."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(JPEG)
+    os.utime(path, (13_569_465_600, 13_569_465_600))  # 2400
+    if os.stat(path).st_mtime_ns < 2**63:
+        pytest.skip("this file system does not know the year 2400")
+    assert decode(Media(file=str(path), size=len(JPEG), mtime_ns=2**63 - 1), ANY)[0] == "image"
+    assert error(Media(file=str(path), size=len(JPEG), mtime_ns=0)).code == "input_changed"

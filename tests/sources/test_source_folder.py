@@ -262,3 +262,10 @@ def test_media_by_magic() -> None:
         assert looks_like_media(head)
     for head in (b"", b"BM", b"RIFF1234CDXA", b"#!/bin/sh", b"PK\3\4"):
         assert not looks_like_media(head)
+
+
+def test_a_time_beyond_64_bits(tmp_path: Path) -> None:
+    write_files(tmp_path, "in/a.jpg")
+    os.utime(tmp_path / "in" / "a.jpg", (13_569_465_600, 13_569_465_600))  # the year 2400
+    _, (record,) = listed(tmp_path, tmp_path / "in")
+    assert record.media[0].mtime_ns in (os.stat(tmp_path / "in" / "a.jpg").st_mtime_ns, 2**63 - 1)

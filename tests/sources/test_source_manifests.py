@@ -436,3 +436,37 @@ def test_a_manifest_that_changes_after_it_was_listed(tmp_path: Path) -> None:
     write_parquet(path, {"image": [b"y", b"z"]})
     with pytest.raises(StateMismatch, match="changed after it was listed"):
         list(source.records())
+
+
+@pytest.mark.parametrize("column", ["text", "image"])
+def test_a_manifest_that_changes_while_it_is_read(tmp_path: Path, column: str) -> None:
+    """Whether it grows or is written over: no row of the new content may pass for one of the old."""
+    path = tmp_path / "m.jsonl"
+    old, new = f'{{"{column}": "a.jpg"}}\n' * 50_000, f'{{"{column}": "b.jpg"}}\n' * 50_000
+    for change, mode in ((new, "r+"), (new[:20], "a")):
+        path.write_text(old)
+        os.utime(path, ns=(1, 1))
+        source = open_source(SourceOptions((str(path),)))
+        source.snapshot(tmp_path / "s")
+        records = source.records()
+        found = [next(records)]
+        with path.open(mode) as file:
+            file.write(change)
+        with pytest.raises(StateMismatch, match="changed after it was listed"):
+            found += records
+        assert {r.media[0].text or os.path.basename(str(r.media[0].file)) for r in found} == {"a.jpg"}
+
+
+def test_a_manifest_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    """The old one stays open; a touched one is still the same."""
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"text": "a"}\n' * 5000)
+    source = open_source(SourceOptions((str(path),)))
+    source.snapshot(tmp_path / "s")
+    records = source.records()
+    next(records)
+    os.utime(path, ns=(1, 1))
+    next(records)
+    (tmp_path / "new").write_text('{"text": "b"}\n')
+    os.replace(tmp_path / "new", path)
+    assert len(list(records)) == 4998
