@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mmcli.core.errors import MmcliError, ModelError, RowError
@@ -29,7 +30,7 @@ STARVED_S = 0.001
 # glibc returns freed memory above 128 KiB to the kernel, and every picture pays for fresh pages: with these a
 # 2000 x 1500 JPEG is decoded to an array in 16 ms instead of 36.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2)}
-# Workers that die one after the other without a single answer: the machine, not an input, is at fault.
+# Workers that die without having begun with an input, no answer in between: the machine is at fault.
 MAX_BARREN_DEATHS = 20
 
 
@@ -149,7 +150,7 @@ class DecodePool:
     def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
         """Decode `blocks`, yielding answers as they come (not in order); reads no more while `may_read` is false.
 
-        Raises ModelError when the processor cannot be opened, MmcliError when workers die without end.
+        Raises ModelError when the processor cannot be opened, and when workers die without end.
         """
         self._open()
         exhausted = False
@@ -169,7 +170,9 @@ class DecodePool:
     def close(self) -> None:
         """Kill all workers and the nursery."""
         for worker in self._workers:
-            os.kill(worker.pid, signal.SIGKILL)
+            # Gone already when the nursery was killed.
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
             self._release(worker)
         self._workers.clear()
         self._nursery.close()
@@ -196,7 +199,7 @@ class DecodePool:
             transport.send_descriptors(self._control, [theirs.fileno(), descriptor])
             pid = transport.receive(self._control)
         except (EOFError, OSError) as error:
-            raise MmcliError("the decode nursery process was killed; is the machine out of memory?") from error
+            raise _killed() from error
         finally:
             theirs.close()
             os.close(descriptor)
@@ -247,7 +250,8 @@ class DecodePool:
             # Seen twice: what another processor writes may show up in another order.
             if late and busy_with == worker.late_with and not worker.hung:
                 worker.hung = True
-                os.kill(worker.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
             worker.late_with = busy_with if late else None
 
     def _accept(self, worker: _Worker, answer: Answer) -> None:
@@ -265,19 +269,23 @@ class DecodePool:
         index, _ = worker.cell.read()
         status = self._exit_status(worker.pid)
         self._release(worker)
-        self._barren_deaths += 1
-        if self._barren_deaths > MAX_BARREN_DEATHS:
-            raise MmcliError(f"{MAX_BARREN_DEATHS} decode workers died in a row ({_cause(status)}); giving up")
         blocks = list(worker.blocks)
         if blocks and index >= 0:
+            # Not barren: no record is blamed more than twice. 32 workers may all crash before one answers.
             self._blame(blocks.pop(0), index, worker.hung, status)
+        else:
+            self._barren_deaths += 1
+        if self._barren_deaths > MAX_BARREN_DEATHS:
+            raise ModelError(
+                f"{MAX_BARREN_DEATHS} decode workers died before they began ({_cause(status)})",
+                hint="a smaller --num-workers, when memory is short",
+            )
         self._again.extend(blocks)
         self._spawn()
 
     def _blame(self, block: _Block, index: int, hung: bool, status: int) -> None:
         culprit, rest = block.records[index], block.records[:index] + block.records[index + 1 :]
         if hung or block.crashed_before:
-            self._barren_deaths = 0
             error = (
                 RowError("timeout", f"decoding took longer than {self._timeout_s:g} s")
                 if hung
@@ -298,12 +306,19 @@ class DecodePool:
             transport.send(self._control, pid)
             return int(transport.receive(self._control))
         except (EOFError, OSError) as error:
-            raise MmcliError("the decode nursery process was killed; is the machine out of memory?") from error
+            raise _killed() from error
 
     def _release(self, worker: _Worker) -> None:
         self._selector.unregister(worker.sock)
         worker.sock.close()
         worker.cell.close()
+
+
+def _killed() -> ModelError:
+    return ModelError(
+        "the process that decode workers come from was killed; is the machine out of memory?",
+        hint="run the same command again to go on; a smaller --num-workers needs less memory",
+    )
 
 
 def _cause(status: int) -> str:

@@ -190,3 +190,22 @@ def test_a_busy_worker_never_looks_hung() -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert oldest < 1
+
+
+def test_more_workers_than_deaths_are_suffered_may_crash_at_once():
+    texts = [*["abort"] * 90, "fine"]
+    outcomes = decode(texts, block=2, workers=24)
+    assert [getattr(o, "code", "ok") for o in outcomes] == ["worker_crash"] * 90 + ["ok"]
+
+
+def test_a_killed_nursery_is_told_as_what_it_is():
+    plan = Misbehaving()
+    pool = DecodePool(plan, plan.decode, 2, 20.0)
+    run = pool.run(iter([[r] for r in records(["a"] * 100_000)]), lambda: True)
+    next(run)
+    os.kill(pool._nursery.pid, signal.SIGKILL)
+    try:
+        with pytest.raises(ModelError, match="out of memory"):
+            list(run)
+    finally:
+        pool.close()
