@@ -218,7 +218,7 @@ class Staging:
 
     def _open_final(self, spec: RunSpec, mode: Mode) -> OutputInfo | None:
         try:
-            final = finished_output(self.place)
+            final = finished_output(self.place, whole=mode != "overwrite")
         except StateMismatch:
             if mode != "overwrite":
                 raise

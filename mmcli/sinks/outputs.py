@@ -101,8 +101,8 @@ def _read_output(path: Path) -> OutputInfo:
     return info
 
 
-def finished_output(place: Place) -> OutputInfo | None:
-    """The finished output at a place; None when there is none.
+def finished_output(place: Place, whole: bool = True) -> OutputInfo | None:
+    """The finished output at a place; None when there is none. `whole`: a folder has to hold all of its files.
 
     Raises StateMismatch for a file that mmcli did not write, or that was changed since; OSError when it cannot
     be read.
@@ -110,17 +110,24 @@ def finished_output(place: Place) -> OutputInfo | None:
     if not place.out.exists():
         return None
     if place.folder:
-        return _finished_folder(place)
+        return _finished_folder(place, whole)
     metadata = read_json(place.metadata)
     if metadata is not None and metadata.get("bytes") == place.out.stat().st_size:
         return _info(place, metadata, decode_schema(metadata))
     return _finished_parquet(place)
 
 
-def _finished_folder(place: Place) -> OutputInfo | None:
+def _finished_folder(place: Place, whole: bool) -> OutputInfo | None:
     metadata = read_json(place.metadata)
     if metadata is not None and "fingerprint" in metadata:
-        return _info(place, metadata, decode_schema(metadata))
+        info = _info(place, metadata, decode_schema(metadata))
+        lost = [name for name in info.files if not (place.out / name).is_file()]
+        if whole and lost:
+            raise StateMismatch(
+                f"{place.out} was complete, but of its {len(info.files)} files {len(lost)} are gone: {lost[0]}",
+                hint="bring it back, or add --overwrite to start anew",
+            )
+        return info
     if any(not entry.name.startswith(".") for entry in place.out.iterdir()):
         raise _foreign(place)
     return None

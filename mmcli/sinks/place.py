@@ -63,9 +63,9 @@ def check_writable(out: str, format_name: str) -> None:
     """
     place = Place.of(out, format_name)
     place.check_parent()
-    inside = place.out if place.out.is_dir() else place.out.parent
-    probe = inside / f".{place.out.name}.{os.getpid()}.mmcli-check.tmp"
     with output_errors(place.out):
+        inside = place.out if place.out.is_dir() else place.out.parent
+        probe = inside / f".{place.out.name}.{os.getpid()}.mmcli-check.tmp"
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
         os.close(descriptor)
         probe.unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sink_rows import SCHEMA, D, expected, leftovers, read_rows, signature_of, spec, table, write
+from sink_rows import OUTPUTS, SCHEMA, D, expected, leftovers, read_rows, signature_of, spec, table, write
 
 from mmcli.core.errors import ConfigError, MmcliError, OutputError, StateMismatch
 from mmcli.sinks.commit import Staging
@@ -337,3 +337,18 @@ def test_every_name_is_given_to_synced_files_only(target: Target, monkeypatch: p
             assert not unsynced_folders
         staging.finalise(20)
         assert not unsynced_folders
+
+
+@pytest.mark.parametrize(("out", "format_name"), [o for o in OUTPUTS if o[0].endswith("/")])
+def test_a_finished_folder_without_one_of_its_files(tmp_path: Path, out: str, format_name: str) -> None:
+    out = f"{tmp_path}/{out}"
+    write(out, spec(format_name), [5, 9])
+    lost = next(p for p in Path(out).rglob("*.parquet") if not p.name.startswith("."))
+    lost.unlink()
+    for mode in ("new", "update"):
+        with pytest.raises(StateMismatch, match=lost.name):
+            write(out, spec(format_name), [5, 9], mode)  # type: ignore[arg-type]
+    with pytest.raises(StateMismatch, match=lost.name):
+        read_output(out)
+    write(out, spec(format_name), [5, 9], "overwrite")
+    assert read_rows(out, format_name) == expected(9)

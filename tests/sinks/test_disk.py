@@ -88,3 +88,8 @@ def test_a_read_only_file_system(small_disk: Path) -> None:
 def test_check_writable_leaves_nothing(target: tuple[str, str]) -> None:
     check_writable(*target)
     assert list(Path(target[0]).parent.iterdir()) == []
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"):
+        check_writable(f"{tmp_path}/{'a' * 250}.parquet", "parquet")
