@@ -141,6 +141,7 @@ class DecodeOptions:
     num_frames      frames sampled uniformly by time from a clip
     max_pixels      more is `bomb`; Pillow's own error threshold by default
     max_bytes       larger files are `too_large`
+    max_whole_bytes of pictures and texts, which are read into memory whole
     max_seconds     longer sound is `too_large` (decoded float32 mono at 16 kHz: 230 MB an hour)
     """
 
@@ -151,4 +152,5 @@ class DecodeOptions:
     num_frames: int = 8
     max_pixels: int = 178_956_970
     max_bytes: int = 4 * 1024**3
+    max_whole_bytes: int = 512 * 1024**2
     max_seconds: float = 4 * 3600.0

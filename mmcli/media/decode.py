@@ -67,11 +67,11 @@ def _decode(media: Media, file: File, options: DecodeOptions) -> tuple[Modality,
         case "text":
             from mmcli.media.text import decode_text
 
-            return modality, decode_text(file.read())
+            return modality, decode_text(_read_whole(file, options))
         case "image":
             from mmcli.media.image import decode_image
 
-            return modality, decode_image(file.read(), options)
+            return modality, decode_image(_read_whole(file, options), options)
         case "audio":
             from mmcli.media.audio import decode_audio
 
@@ -80,6 +80,15 @@ def _decode(media: Media, file: File, options: DecodeOptions) -> tuple[Modality,
             from mmcli.media.video import decode_video
 
             return modality, decode_video(file, options)
+
+
+def _read_whole(file: File, options: DecodeOptions) -> bytes:
+    size = file.seek(0, io.SEEK_END)
+    if size > options.max_whole_bytes:
+        limit = options.max_whole_bytes
+        raise RowError("too_large", f"{size} bytes, more than the limit of {limit} for a picture or a text")
+    file.seek(0)
+    return file.read()
 
 
 def _modality(media: Media, file: File, head: bytes) -> Modality:

@@ -92,6 +92,16 @@ def test_too_large(tmp_path):
         assert error(media, DecodeOptions(max_bytes=len(JPEG) - 1)).code == "too_large"
 
 
+def test_a_huge_picture_file_is_not_read_into_memory(tmp_path):
+    path = tmp_path / "huge.jpg"
+    path.write_bytes(JPEG)
+    # Sparse: takes no space on the disk, but would take 3 GB of memory.
+    os.truncate(path, 3 * 1024**3)
+    problem = error(Media(file=str(path)))
+    assert problem.code == "too_large"
+    assert "3221225472 bytes" in problem.message
+
+
 def test_a_name_that_is_not_utf8(tmp_path):
     for name, data in ((b"caf\xe9.jpg", JPEG), (b"caf\xe9.wav", encoded_sound(SOUND, 16000))):
         path = os.path.join(os.fsencode(tmp_path), name)
