@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
@@ -13,6 +14,9 @@ def main() -> None:
     OpenMP, cannot delay or change the exit code of work that is already safe on disk.
     """
     _open_standard_streams()
+    # Where it is ignored (a job in the background of a script), it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
     from mmcli.cli.boundary import run
 
     code = run(sys.argv[1:])
@@ -23,6 +27,14 @@ def main() -> None:
         except (OSError, ValueError):
             code = code or 141
     os._exit(code)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Ctrl-C while nothing is under way yet: a traceback through the imports would help nobody."""
+    try:
+        os.write(2, b"mmcli: interrupted\n")
+    finally:
+        os._exit(130)
 
 
 def _open_standard_streams() -> None:

@@ -13,7 +13,7 @@ from mmcli.cli.caption import caption
 from mmcli.cli.command import Command
 from mmcli.cli.embed import embed
 from mmcli.cli.inspect import inspect
-from mmcli.core.errors import ConfigError, ExitCode, one_line
+from mmcli.core.errors import ConfigError, ExitCode, Stopped, one_line
 
 app = typer.Typer(
     name="mmcli",
@@ -56,8 +56,8 @@ def invoke(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(list(arguments), prog_name="mmcli", standalone_mode=False)
-    except typer.Abort:
-        return int(ExitCode.INTERRUPTED)
+    except typer.Abort as stop:
+        raise Stopped("interrupted", ExitCode.INTERRUPTED) from stop
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:

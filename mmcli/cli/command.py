@@ -21,6 +21,8 @@ class Command(TyperCommand):
         except Exception as first:
             if not hasattr(first, "format_message"):
                 raise
+            # The parser's own errors do not know which command's help to name.
+            first.ctx = getattr(first, "ctx", None) or ctx  # type: ignore[attr-defined]
             problems = self._problems(ctx, list(args))
             if not problems:
                 raise

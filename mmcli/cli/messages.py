@@ -104,7 +104,7 @@ def progress_line(report: Report) -> str:
     rate = _recent_rate(report)
     parts = [f"{done:,} of {total:,} rows" if total is not None else f"{done:,} rows", f"{_rate(rate)}/s"]
     if report.error_rows:
-        parts.append(f"{report.error_rows:,} errors")
+        parts.append(_errors(report))
     if total is not None and rate > 0:
         parts.append(f"ETA {_duration((total - done) / rate)}")
     return " · ".join([*parts, _split(report)])
@@ -119,10 +119,10 @@ def _recent_rate(report: Report) -> float:
 def summary_lines(report: Report, output: str) -> list[str]:
     """A few lines: what was done, how fast, what limited it, which errors."""
     rows = report.done + report.resumed
-    facts = [f"{rows:,} rows", f"{rows - report.error_rows:,} ok"]
+    facts = [f"{rows:,} row{'' if rows == 1 else 's'}", f"{rows - report.error_rows:,} ok"]
     if report.error_rows:
         codes = ", ".join(f"{n:,} {code}" for code, n in report.errors.most_common())
-        facts.append(f"{report.error_rows:,} errors ({codes})")
+        facts.append(f"{_errors(report)} ({codes})")
     if report.resumed:
         facts.append(f"{report.resumed:,} of them from before")
     if report.reused:
@@ -145,6 +145,10 @@ def _split(report: Report) -> str:
     model = report.seconds["collate"] + report.seconds["forward"]
     shares = {"decode": decode, "model": model, "write": report.seconds["write"] + report.seconds["finalise"]}
     return "busy: " + " ".join(f"{name} {min(100, round(100 * s / wall))} %" for name, s in shares.items())
+
+
+def _errors(report: Report) -> str:
+    return f"{report.error_rows:,} error{'' if report.error_rows == 1 else 's'}"
 
 
 def _rate(rate: float) -> str:

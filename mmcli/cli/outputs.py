@@ -58,12 +58,12 @@ def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, columns: 
     out = prepared.arguments.output.output
     try:
         run_engine(prepared, snapshot, target)
-        with prepared.report.timed("finalise"):
+        with prepared.signals.heard(), prepared.report.timed("finalise"):
             staging.finalise(snapshot.rows, snapshot.notes)
     except (Stopped, TryAgain) as stop:
         stop.message = f"{stop.message}; {staging.next_row:,} of {snapshot.rows:,} rows are safe"
         stop.hint = GO_ON
         raise
     except ErrorBudgetExceeded as error:
-        error.hint = f"mmcli inspect {out} --errors 10, to see why; with a larger budget the same command goes on"
+        error.hint = f"mmcli inspect {out} --errors 10, to see why; the same command that allows more goes on"
         raise

@@ -57,6 +57,8 @@ def reference() -> str:
         "",
         "Every option is also an environment variable, `MMCLI_` and its name (`--batch-size`: `MMCLI_BATCH_SIZE`),",
         "and a key of the file that `--config` names (`batch-size = 64`; a table `[embed]` for one command only).",
+        "Flags are 1 or 0 there (`MMCLI_NORMALIZE=0`), true or false in the file (`normalize = false`); several",
+        "patterns of `--glob` are separated by spaces, or a list in the file.",
         "The command line wins over variables, variables over the file. `python -m mmcli` is the same as `mmcli`.",
         "",
     ]

@@ -42,7 +42,7 @@ def execute(arguments: Arguments, planner: Planner) -> int:
 
 
 def _execute(arguments: Arguments, planner: Planner, messages: Messages, report: Report, signals: Signals) -> int:
-    with _nursery(arguments) as nursery:
+    with signals.heard(), _nursery(arguments) as nursery:
         prepared = prepare(arguments, planner, messages, report, signals)
         prepared.nursery = nursery
         if arguments.output.output == "-":

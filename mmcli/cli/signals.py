@@ -15,7 +15,7 @@ CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATE
 
 
 class Signals:
-    """Handles both while `catching`. Listing and finalising end at once, by Stopped; the engine is asked."""
+    """Handles both while `catching`. The engine is asked; all else ends at once, within `heard` by Stopped."""
 
     def __init__(self) -> None:
         self._asked: ExitCode | None = None
@@ -29,6 +29,20 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within the block a signal raises Stopped.
+
+        On its way there it is a KeyboardInterrupt, which no library takes for a failure of its own: transformers,
+        for one, would report a config.json that cannot be read.
+        """
+        try:
+            yield
+        except KeyboardInterrupt as signal_came:
+            if self._asked is None:
+                raise
+            raise stopped(self._asked) from signal_came
 
     @contextmanager
     def asking(self, request: Callable[[ExitCode], None]) -> Iterator[None]:
@@ -47,7 +61,7 @@ class Signals:
             os._exit(code)
         self._asked = code
         if self._ask_engine is None:
-            raise stopped(code)
+            raise KeyboardInterrupt
         self._ask_engine(code)
         if code == ExitCode.INTERRUPTED:
             say("\nmmcli: stopping; what is done is being kept. Ctrl-C again exits at once")

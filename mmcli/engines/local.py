@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
-from mmcli.core.protocols import Decoder, ModelPlan, Output, Previous, Source, Task
+from mmcli.core.protocols import Decoder, ModelPlan, Output, Previous, Runner, Source, Task
 from mmcli.core.report import Report
 from mmcli.engines.batching import Arrived, Slot, Window, Windows, batches
 from mmcli.engines.forward import Collated, Forward, Launched
@@ -42,9 +42,24 @@ class StopFlag:
     """Set from a signal handler: stop taking in work, commit what is done."""
 
     exit_code: ExitCode | None = None
+    _at_once: bool = False
 
     def request(self, exit_code: ExitCode) -> None:
         self.exit_code = self.exit_code or exit_code
+        if self._at_once:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, in the main thread, a request raises KeyboardInterrupt: for work that may be lost.
+
+        A library may swallow it, so look at `exit_code` behind the block.
+        """
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +184,7 @@ class _Run:
         try:
             with report.timed("load"):
                 known_to_work = work.start_row > 0 or work.previous is not None
-                forward = Forward(work.plan.load(), report, self.options.batch_size, known_to_work)
+                forward = Forward(self._load(), report, self.options.batch_size, known_to_work)
             layout = Layout.of(work.task, work.source)
             writer = PartWriter(work.output, layout, self.options.parts, report, work.start_row)
             threading.Thread(target=self._collate, args=(forward,), name="mmcli-collate", daemon=True).start()
@@ -180,6 +195,17 @@ class _Run:
                 writer.close()
             self.intake.close()
         self.options.budget.check(report)
+
+    def _load(self) -> Runner:
+        """The model. It can take minutes, or a download: who asks to stop does not wait for it."""
+        try:
+            with self.work.stop.at_once():
+                runner = self.work.plan.load()
+        except KeyboardInterrupt:
+            self._check_stop()
+            raise
+        self._check_stop()
+        return runner
 
     # -- collate thread ------------------------------------------------------------------------------------
 

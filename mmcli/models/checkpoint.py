@@ -235,7 +235,10 @@ def _snapshot(
                 f"-m {name}: no such directory, nor is it in the hub's cache, and the hub is off "
                 "(--offline or HF_HUB_OFFLINE)"
             ) from error
-        raise TryAgain(f"-m {name}: no such directory, and the hub cannot be reached") from error
+        raise TryAgain(
+            f"-m {name}: no such directory, and the hub cannot be reached",
+            hint="the same command with a network (HTTPS_PROXY behind a proxy), or the path of a copy of the model",
+        ) from error
     except OSError as error:
         raise TryAgain(f"-m {name}: cannot fetch it from the hub: {one_line(str(error))}") from error
     return Path(found)

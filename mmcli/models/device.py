@@ -9,13 +9,16 @@ import sys
 from mmcli.core.errors import ConfigError, ModelError
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What people write for them.
+SHORT_DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def check_device(name: str) -> None:
     """Raise ConfigError when `name` is no device's name. Whether it is there, `choose_device` finds out."""
     kind, colon, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and index.isdigit())):
-        raise ConfigError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+        meant = "; did you mean cuda?" if kind in ("gpu", "GPU", "CUDA", "nvidia") else ""
+        raise ConfigError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps{meant}")
 
 
 def choose_device(name: str) -> tuple[str, str]:
@@ -51,7 +54,8 @@ def choose_dtype(name: str) -> tuple[str, str]:
     if name == "auto":
         return "float32", "exact, and the same on every device"
     if name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+        meant = f"; did you mean {SHORT_DTYPES[name]}?" if name in SHORT_DTYPES else ""
+        raise ConfigError(f"--dtype {name!r} is not one of auto, {', '.join(DTYPES)}{meant}")
     return name, "as asked for"
 
 

@@ -4,6 +4,7 @@ For trying out a pipeline, and for tests of everything around a model. Its optio
 
     oom=N   more than N samples in a batch run out of memory
     ms=T    a batch takes T milliseconds
+    load=T  loading takes T milliseconds
     obey    texts `abort`, `segfault`, `exit`, `hang`, `raise` do that to the decoder; `nan` gives NaN,
             `fail` makes the model raise; `empty` gives a caption without text
 """
@@ -36,6 +37,7 @@ class FakePlan:
     decode: DecodeOptions
     oom: int | None = None
     ms: float = 0.0
+    load_ms: float = 0.0
     obey: bool = False
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     generation: Generation | None = None
@@ -49,6 +51,7 @@ class FakePlan:
         return FakeProcessor(self.embedding_size, self.obey, self.generation is not None)
 
     def load(self) -> FakeRunner:
+        time.sleep(self.load_ms / 1000)
         return FakeRunner(self) if self.generation is None else FakeCaptioner(self)
 
 
@@ -140,8 +143,10 @@ def resolve_fake(options: ModelOptions, generation: Generation | None = None) ->
             plan = replace(plan, oom=int(value))
         elif name == "ms" and value.isascii() and value.isdigit():
             plan = replace(plan, ms=float(value))
+        elif name == "load" and value.isascii() and value.isdigit():
+            plan = replace(plan, load_ms=float(value))
         else:
-            raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, obey")
+            raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, load=T, obey")
     return plan
 
 

@@ -97,7 +97,7 @@ def _read_output(path: Path) -> OutputInfo:
         return replace(_info(place, swap["metadata"], decode_schema(swap["metadata"])), complete=False)
     info = finished_output(place) or _unfinished_output(place)
     if info is None:
-        raise ConfigError(f"there is no output at {path}")
+        raise ConfigError(f"there is no output at {path}; give what a run was given as -o")
     return info
 
 

@@ -278,8 +278,8 @@ def _keep_column(text: str, by_name: dict[str, Column], manifest: str) -> KeepCo
     if column is None:
         raise ConfigError(_missing(f"--keep {text}", name, by_name, manifest))
     if name in OUTPUT_NAMES:
-        how = "; for the id give --id-column id" if name == "id" else ""
-        raise ConfigError(f"--keep {text}: every output has its own column {name}{how}; rename it in {manifest}")
+        how = "give --id-column id" if name == "id" else f"rename it in {manifest}"
+        raise ConfigError(f"--keep {text}: every output has its own column {name}; {how}")
     if column.arrow is not None:
         if convert:
             raise ConfigError(f"--keep {text}: {manifest} has types of its own ({column.type}); give --keep {name}")

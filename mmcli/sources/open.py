@@ -243,6 +243,8 @@ def _rules(options: SourceOptions) -> FolderRules:
 
 
 def _not_found(name: str) -> str:
+    if not name:
+        return "an INPUT is empty (''); is a variable of the shell not set?"
     folder = os.path.dirname(name)
     try:
         with os.scandir(folder or ".") as entries:
@@ -331,11 +333,13 @@ def _check_together(options: SourceOptions, opened: Sequence[_Listings | Source]
     with_files = len(manifests) < len(opened)
     if with_files and options.keep:
         problems.append(
-            f"--keep {','.join(options.keep)}: only manifests have columns, folders and files have none"
+            f"--keep {','.join(options.keep)}: only manifests have columns, not folders and files; leave it out"
         )
     if not manifests and options.column_flags:
         flags = ", ".join(options.column_flags)
-        problems.append(f"{flags}: only manifests have columns")
+        problems.append(
+            f"{flags}: only manifests have columns; leave it out, or give a .parquet, .jsonl, .csv or .tsv file"
+        )
     slots = {one.slots for one in manifests} | ({("",)} if with_files else set())
     if len(slots) > 1:
         kinds = " and ".join(sorted("+".join(s) if s != ("",) else "one medium" for s in slots))

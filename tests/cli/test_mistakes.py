@@ -154,10 +154,11 @@ def test_all_problems_in_one_go(cli: Cli, tmp_path: Path) -> None:
             "--num-workers '-1'",
             "--timeout 'soon'",
             "--max-errors 'few'",
-            "did you mean float16?",
-            "--device 'gpu'",
+            "--embedding-dtype 'float61' is not one of float32, float16; did you mean float16?",
+            "--device 'gpu' is not one of auto, cpu, cuda, cuda:N, mps; did you mean cuda?",
+            "--dtype 'half' is not one of auto, float32, bfloat16, float16; did you mean float16?",
         ),
-        *("--dtype 'half'", "--on-error 'ignore'", "--overwrite and --update", "--seed 'x'", "--part-rows '0'"),
+        *("--on-error 'ignore'", "--overwrite and --update", "--seed 'x'", "--part-rows '0'"),
         "--time-limit '-1'",
     ):
         assert sum(word in line for line in lines) == 1, word
@@ -174,7 +175,7 @@ def test_all_problems_in_one_go(cli: Cli, tmp_path: Path) -> None:
             "no such option: --batchsize; did you mean --batch-size?",
             "mmcli embed --help",
         ),
-        (["embed", "-m"], "option '-m' requires an argument", ""),
+        (["embed", "-m"], "option '-m' requires an argument", "mmcli embed --help"),
         (["embed", "-m", "fake:4"], "no INPUT given", ""),
         (["embed", "."], "no model given; add -m MODEL", ""),
         (["inspect"], "no OUT given", ""),
@@ -183,6 +184,8 @@ def test_all_problems_in_one_go(cli: Cli, tmp_path: Path) -> None:
         (["embed", ".", "-m", "./none"], "none", ""),
         (["embed", ".", "-m", "fake:4", "--update"], "--update needs an output file", ""),
         (["embed", ".", "-m", "fake:4", "-f", "npy"], "--format npy cannot go to stdout", ""),
+        (["embed", "", "-m", "fake:4"], "an INPUT is empty ('')", ""),
+        (["embed", __file__, "-m", "fake:4", "--text-column", "a"], "leave it out, or give a .parquet", ""),
         (["embed", "https://x.org/a.jpg", "-m", "fake:4"], "URLs are not read", ""),
     ],
 )

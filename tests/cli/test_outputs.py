@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_retry_errors(cli: Cli, texts: Path, output: list[str]) -> None:
     retry = ["embed", texts, "-m", "fake:4", *output, "--retry-errors"]
     again = cli(*retry)
     assert again.code == 3
-    assert "6 rows, 5 ok, 1 errors" in again.err
+    assert "6 rows, 5 ok, 1 error" in again.err
     assert "5 reused" in again.err
     (texts / "2.jpg").write_bytes(PNG)
     mended = cli(*retry)
@@ -267,6 +268,52 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
         assert child.poll() is None
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=1) == 130
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_while_the_model_loads(tmp_path: Path, number: int, code: int, name: str) -> None:
+    rows, out = manifest(tmp_path / "m.csv", 3), tmp_path / "o.parquet"
+    with process("embed", rows, "-m", "fake:4,load=60000", "-o", out) as child:
+        wait_until(lambda: (tmp_path / "o.parquet.mmcli" / "run.json").exists())
+        time.sleep(0.3)
+        child.send_signal(number)
+        err = child.communicate(timeout=5)[1].decode()
+    assert child.returncode == code
+    assert err == f"mmcli: {name}; 0 of 3 rows are safe\n  try: run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_in_a_library_is_no_failure_of_it(tmp_path: Path, shared_data: Path, number: int) -> None:
+    """One that comes while the size of the vectors is measured, where any exception blames config.json."""
+    script = (
+        "import os, sys, torch\n"
+        "from mmcli.cli.boundary import run\n"
+        "zeros = torch.zeros\n"
+        f"torch.zeros = lambda *a, **k: (os.kill(os.getpid(), {number}), zeros(*a, **k))[1]\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    model = shared_data / "models" / "mobilenet_v2_1.0_224"
+    command = [sys.executable, "-c", script, "embed", manifest(tmp_path / "m.csv", 3), "--path-column", "text"]
+    done = subprocess.run([*map(str, command), "-m", str(model)], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + number, b"")
+    assert done.stderr == (b"mmcli: interrupted\n" if number == 2 else b"mmcli: terminated\n")
+
+
+def test_interrupted_before_anything_is_under_way() -> None:
+    """A signal that comes while modules are imported."""
+    script = (
+        "import os, sys, mmcli.__main__ as m\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == MODULE: os.kill(os.getpid(), 2)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['mmcli', 'inspect', 'nothing']\n"
+        "m.main()\n"
+    )
+    for module in ("mmcli.cli.boundary", "mmcli.cli.app", "mmcli.sinks.rows"):
+        code = script.replace("MODULE", repr(module))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"mmcli: interrupted\n")
 
 
 def test_killed_and_resumed(cli: Cli, tmp_path: Path) -> None:
