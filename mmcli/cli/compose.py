@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mmcli.cli import parse
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import (
     EmbeddingArguments,
+    GenerationArguments,
     InputArguments,
     MessageArguments,
     ModelArguments,
@@ -29,6 +30,7 @@ from mmcli.core.report import Report
 
 if TYPE_CHECKING:
     from mmcli.media.pool import Nursery
+    from mmcli.models.options import ModelOptions
     from mmcli.sources.open import SourceOptions
 
 
@@ -100,41 +102,71 @@ Planner = Callable[[Problems], Planned | None]
 
 def embed_plan(arguments: Arguments, embedding: EmbeddingArguments, problems: Problems) -> Planned | None:
     """Resolve the model of `mmcli embed` and say what its vectors are."""
-    from mmcli.models.device import check_device, choose_dtype
-    from mmcli.models.options import ModelOptions
     from mmcli.models.resolve import resolve
     from mmcli.tasks.embed import Embed
 
-    model = arguments.model
     dtype = problems.collect(parse.choice, "--embedding-dtype", embedding.embedding_dtype, ("float32", "float16"))
     frames = problems.collect(parse.number, "--frames", embedding.frames, 1)
+    options = _model_options(arguments, problems, "openai/clip-vit-base-patch32")
+    if options is None:
+        return None
+    options = replace(options, pooling=embedding.pooling, normalize=embedding.normalize, frames=frames or 1)
+    plan = problems.collect(resolve, options)
+    if plan is None or dtype is None:
+        return None
+    task = Embed(plan.embedding_size, dtype)
+    return Planned(plan, task, {"embedding_dtype": dtype, "exact_decode": options.exact_decode})
+
+
+def caption_plan(arguments: Arguments, generation: GenerationArguments, problems: Problems) -> Planned | None:
+    """Resolve the model of `mmcli caption` and say how it writes."""
+    from mmcli.models.options import Generation
+    from mmcli.models.resolve import resolve_captioner
+    from mmcli.tasks.caption import Caption
+
+    before = len(problems.lines)
+    tokens = problems.collect(parse.number, "--max-new-tokens", generation.max_new_tokens, 1)
+    beams = problems.collect(parse.number, "--num-beams", generation.num_beams, 1)
+    temperature = problems.collect(parse.decimal, "--temperature", generation.temperature)
+    if beams and temperature and beams > 1:
+        problems.add("--num-beams searches for the likeliest text, --temperature draws one; give one of them")
+    sound = len(problems.lines) == before
+    options = _model_options(arguments, problems, "Salesforce/blip-image-captioning-base")
+    if options is None:
+        return None
+    seed = problems.collect(parse.number, "--seed", arguments.run.seed, 0) or 0
+    how = Generation(generation.prompt, tokens or 1, beams or 1, temperature or 0.0, seed)
+    plan = problems.collect(resolve_captioner, options, how)
+    if plan is None or not sound:
+        return None
+    return Planned(plan, Caption(), {"exact_decode": options.exact_decode})
+
+
+def _model_options(arguments: Arguments, problems: Problems, example: str) -> ModelOptions | None:
+    """What every task says about its model; None when none is given, e.g. `example`."""
+    from mmcli.models.device import check_device, choose_dtype
+    from mmcli.models.options import ModelOptions
+
+    model = arguments.model
     problems.collect(check_device, model.device)
     problems.collect(choose_dtype, model.dtype)
     if not model.model:
-        problems.add("no model given; add -m MODEL, a local directory or a hub id (openai/clip-vit-base-patch32)")
+        problems.add(f"no model given; add -m MODEL, a local directory or a hub id ({example})")
         return None
-    options = ModelOptions(
+    if not model.model.startswith("fake:"):
+        check_torch_trio()
+    return ModelOptions(
         model=model.model,
         revision=model.revision,
         device=model.device,
         dtype=model.dtype,
-        pooling=embedding.pooling,
-        normalize=embedding.normalize,
-        frames=frames or 1,
         attn_implementation=model.attn_implementation,
         compile=model.compile,
         offline=model.offline,
         trust_remote_code=model.trust_remote_code,
         allow_pickle=model.allow_pickle,
-        exact_decode=embedding.exact_decode,
+        exact_decode=arguments.inputs.exact_decode,
     )
-    if not model.model.startswith("fake:"):
-        check_torch_trio()
-    plan = problems.collect(resolve, options)
-    if plan is None or dtype is None:
-        return None
-    task = Embed(plan.embedding_size, dtype)
-    return Planned(plan, task, {"embedding_dtype": dtype, "exact_decode": embedding.exact_decode})
 
 
 def prepare(

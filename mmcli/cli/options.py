@@ -17,7 +17,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-INPUTS, MODEL, EMBEDDING, OUTPUT, RUN, MESSAGES = "Inputs", "Model", "Embedding", "Output", "Run", "Messages"
+INPUTS, MODEL, EMBEDDING, GENERATION = "Inputs", "Model", "Embedding", "Generation"
+OUTPUT, RUN, MESSAGES = "Output", "Run", "Messages"
 
 
 def _option(panel: str, names: str, metavar: str | None, help: str, **more: Any) -> Any:
@@ -77,6 +78,9 @@ class InputArguments:
     keep: Annotated[
         list[str] | None, _option(INPUTS, "--keep", "A,B", "Manifest columns to pass through to the output.")
     ] = None
+    exact_decode: Annotated[bool, _option(INPUTS, "--exact-decode", None, "Decode large JPEGs at full size.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,33 @@ class EmbeddingArguments:
         str,
         _option(EMBEDDING, "--frames", "N", "Frames per clip, uniform in time, where the model leaves it open."),
     ] = "8"
-    exact_decode: Annotated[
-        bool, _option(EMBEDDING, "--exact-decode", None, "Decode large JPEGs at full size.")
-    ] = False
+
+
+@dataclass(frozen=True)
+class GenerationArguments:
+    """How texts are written."""
+
+    prompt: Annotated[
+        str | None,
+        _option(
+            GENERATION,
+            "--prompt",
+            "TEXT",
+            "What captions go on from, e.g. 'a photo of'; for Florence-2 a task, e.g. '<DETAILED_CAPTION>'.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        str, _option(GENERATION, "--max-new-tokens", "N", "Longer captions are cut, and marked as such.")
+    ] = "50"
+    num_beams: Annotated[
+        str, _option(GENERATION, "--num-beams", "N", "Beams of a beam search; 1: the likeliest token each time.")
+    ] = "1"
+    temperature: Annotated[
+        str,
+        _option(
+            GENERATION, "--temperature", "T", "Above 0: draw tokens; --seed and the picture alone decide which."
+        ),
+    ] = "0"
 
 
 @dataclass(frozen=True)

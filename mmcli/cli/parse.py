@@ -63,6 +63,17 @@ def number(option: str, text: str, minimum: int) -> int:
     return int(text)
 
 
+def decimal(option: str, text: str) -> float:
+    """A finite number from 0 up, as in 0.7."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{option} {text!r} is not a number from 0 up, such as 0.7")
+    return value
+
+
 def choice(option: str, text: str, choices: tuple[str, ...]) -> str:
     """`text`, when it is one of `choices`."""
     if text not in choices:

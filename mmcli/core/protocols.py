@@ -79,16 +79,12 @@ class Decoder(Protocol):
 class ModelPlan(Protocol):
     """A cheap, picklable description of a model: knows its output before any weight is loaded.
 
-    modalities      what it takes
-    embedding_size  D of its vectors
-    decode          what its processor needs from the decoder
+    modalities  what it takes
+    decode      what its processor needs from the decoder
     """
 
     @property
     def modalities(self) -> frozenset[Modality]: ...
-
-    @property
-    def embedding_size(self) -> int: ...
 
     @property
     def decode(self) -> DecodeOptions: ...
@@ -106,6 +102,13 @@ class ModelPlan(Protocol):
         ...
 
 
+class EmbeddingModelPlan(ModelPlan, Protocol):
+    """The plan of a model whose runner gives vectors: float32 [n, D]. `embedding_size`: D."""
+
+    @property
+    def embedding_size(self) -> int: ...
+
+
 class Runner(Protocol):
     """A loaded model on a device.
 
@@ -116,8 +119,8 @@ class Runner(Protocol):
         """Samples of one (modality, group) -> a Batch on the host: padded, stacked, pinned where it helps."""
         ...
 
-    def forward(self, batch: Any) -> np.ndarray | Pending:
-        """Batch -> float32 [n, D], one row per sample, in order.
+    def forward(self, batch: Any) -> Sequence[Any] | np.ndarray | Pending:
+        """Batch -> one output per sample, in order: vectors float32 [n, D], or a list of Generated.
 
         On a device that computes while the host goes on, returns the Pending outputs at once: the engine then
         starts the next batch before it waits for this one. What the batch holds must not be kept after a failure.

@@ -106,6 +106,25 @@ class Sample:
     cost: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A text that a model has written, and what tells whether to trust it.
+
+    text           without the prompt and special tokens
+    finish_reason  "stop": the model ended it; "length": it was cut at the limit
+    n_tokens       tokens that were generated, the end token included
+    mean_logprob   mean log-probability of those tokens, 0 at most; NaN where the scores are not finite
+    repetition     the tokens hold a loop: a block of 1 to 8 tokens three times or more in a row, over four tokens
+                   at least
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    n_tokens: int
+    mean_logprob: float
+    repetition: bool
+
+
 @dataclass(slots=True)
 class Decoded:
     """What decode workers give: for each record one outcome per medium, and the seconds that it took."""

@@ -1,4 +1,4 @@
-"""A model without weights whose vectors identify their input: `-m fake:8`.
+"""A model without weights whose vectors, or captions, identify their input: `-m fake:8`.
 
 For trying out a pipeline, and for tests of everything around a model. Its options, after the vector's size:
 
@@ -6,7 +6,7 @@ For trying out a pipeline, and for tests of everything around a model. Its optio
     ms=T    a batch takes T milliseconds
     load=T  loading takes T milliseconds
     obey    texts `abort`, `segfault`, `exit`, `hang`, `raise` do that to the decoder; `nan` gives NaN,
-            `fail` makes the model raise
+            `fail` makes the model raise; `empty` gives a caption without text
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from mmcli.core.errors import ConfigError
-from mmcli.core.records import MODALITIES, Audio, DecodeOptions, Modality, Payload, Sample, Video
-from mmcli.models.options import ModelOptions
+from mmcli.core.records import MODALITIES, Audio, DecodeOptions, Generated, Modality, Payload, Sample, Video
+from mmcli.models.options import Generation, ModelOptions
 
 PREFIX = "fake:"
 _LARGEST = 65_536
@@ -31,7 +31,7 @@ _LARGEST = 65_536
 
 @dataclass(frozen=True, slots=True)
 class FakePlan:
-    """See mmcli.core.protocols.ModelPlan. Takes every modality."""
+    """See mmcli.core.protocols.EmbeddingModelPlan. Takes every modality; writes captions with `generation`."""
 
     embedding_size: int
     decode: DecodeOptions
@@ -40,17 +40,19 @@ class FakePlan:
     load_ms: float = 0.0
     obey: bool = False
     modalities: frozenset[Modality] = frozenset(MODALITIES)
+    generation: Generation | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Only what changes vectors."""
-        return {"id": f"{PREFIX}{self.embedding_size}", "family": "fake", "frames": self.decode.num_frames}
+        """Only what changes vectors or captions."""
+        told = {"id": f"{PREFIX}{self.embedding_size}", "family": "fake", "frames": self.decode.num_frames}
+        return told if self.generation is None else {**told, "generation": self.generation.describe()}
 
     def open_processor(self) -> FakeProcessor:
-        return FakeProcessor(self.embedding_size, self.obey)
+        return FakeProcessor(self.embedding_size, self.obey, self.generation is not None)
 
     def load(self) -> FakeRunner:
         time.sleep(self.load_ms / 1000)
-        return FakeRunner(self)
+        return FakeRunner(self) if self.generation is None else FakeCaptioner(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class FakeProcessor:
 
     embedding_size: int
     obey: bool
+    writes: bool = False
 
     def __call__(self, modality: Modality, payload: Payload) -> Sample:
         """`vector`: float32 [D]. Length bucketing sees the length of texts and sounds."""
@@ -68,6 +71,8 @@ class FakeProcessor:
         vector = fake_vector(modality, payload, self.embedding_size)
         if self.obey and isinstance(payload, str) and payload in ("nan", "fail"):
             vector[0] = np.nan if payload == "nan" else np.inf
+        if self.writes and self.obey and payload == "empty":
+            vector[:] = -1
         cost = len(payload.frames) if isinstance(payload, Video) else 1
         return Sample(modality, {"vector": vector}, length=length, cost=cost)
 
@@ -92,6 +97,23 @@ class FakeRunner:
         return batch
 
 
+class FakeCaptioner(FakeRunner):
+    """Writes the vectors down."""
+
+    def forward(self, batch: np.ndarray) -> list[Generated]:  # type: ignore[override]
+        """One caption per vector: see `fake_caption`. Raises as FakeRunner.forward does."""
+        assert self._plan.generation is not None
+        return [fake_caption(vector, self._plan.generation) for vector in super().forward(batch)]
+
+
+def fake_caption(vector: np.ndarray, generation: Generation) -> Generated:
+    """A number for each dimension; cut at `max_new_tokens`. A vector of -1: no text; NaN: no score."""
+    words = [f"{int(x * 2048):03x}" for x in np.nan_to_num(vector) if x >= 0 or np.isnan(x)]
+    kept = words[: generation.max_new_tokens]
+    logprob = -float(vector.mean())
+    return Generated(" ".join(kept), "stop" if kept == words else "length", len(kept), logprob, repetition=False)
+
+
 def fake_vector(modality: Modality, payload: Payload, size: int) -> np.ndarray:
     """The vector of a decoded medium: float32 [size] in [0, 1), from SHAKE-128 of its modality and content."""
     digest = hashlib.shake_128(modality.encode())
@@ -106,13 +128,13 @@ def fake_vector(modality: Modality, payload: Payload, size: int) -> np.ndarray:
     return (np.frombuffer(digest.digest(2 * size), "<u2") >> 5).astype(np.float32) / 2048
 
 
-def resolve_fake(options: ModelOptions) -> FakePlan:
-    """The plan of `fake:8,oom=4`. Raises ConfigError."""
+def resolve_fake(options: ModelOptions, generation: Generation | None = None) -> FakePlan:
+    """The plan of `fake:8,oom=4`, for captions with `generation`. Raises ConfigError."""
     size, *settings = options.model.removeprefix(PREFIX).split(",")
     if not (size.isascii() and size.isdigit() and 0 < int(size) <= _LARGEST):
         raise ConfigError(f"-m {options.model}: the size is a number from 1 to {_LARGEST}, e.g. fake:8")
     decode = DecodeOptions(num_frames=options.frames, exact_decode=options.exact_decode)
-    plan = FakePlan(int(size), decode)
+    plan = FakePlan(int(size), decode, generation=generation)
     for setting in settings:
         name, _, value = setting.partition("=")
         if name == "obey":

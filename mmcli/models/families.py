@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mmcli.core.errors import ConfigError
-from mmcli.models import dual_encoder, encoder
+from mmcli.models import captioner, dual_encoder, encoder
 from mmcli.models.checkpoint import Checkpoint, open_checkpoint
 from mmcli.models.device import check_device, choose_dtype
 from mmcli.models.facts import POOLINGS
-from mmcli.models.options import ModelOptions
-from mmcli.models.plan import EmbeddingPlan
+from mmcli.models.options import Generation, ModelOptions
+from mmcli.models.plan import CaptionPlan, EmbeddingPlan
 
 T = TypeVar("T")
 
@@ -19,14 +19,35 @@ T = TypeVar("T")
 def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:
     """The plan of a checkpoint that gives vectors. Raises ConfigError with every problem, TryAgain for the hub."""
     problems: list[str] = []
-    _collect(problems, check_device, options.device)
-    chosen = _collect(problems, choose_dtype, options.dtype)
     if options.pooling is not None and options.pooling not in POOLINGS:
         problems.append(f"--pooling {options.pooling!r} is not one of {', '.join(POOLINGS)}")
+    checkpoint, dtype = _open(options, problems)
+    return _plan(checkpoint, options, dtype)
+
+
+def plan_captioner(options: ModelOptions, generation: Generation) -> CaptionPlan:
+    """The plan of a checkpoint that writes texts. Raises as `plan_checkpoint` does."""
+    checkpoint, dtype = _open(options, [])
+    content = checkpoint.json("config.json")
+    kind = str(content.get("model_type"))
+    if row := captioner.CAPTIONERS.get(kind):
+        return captioner.plan(checkpoint, options, dtype, row, generation)
+    embeds = kind in dual_encoder.DUAL_ENCODERS or kind in encoder.ENCODERS
+    raise ConfigError(
+        f"-m {checkpoint.id}: model type {kind!r} is not supported for captions. "
+        f"Supported are {', '.join(captioner.CAPTIONERS)}",
+        hint="it gives vectors: mmcli embed" if embeds else None,
+    )
+
+
+def _open(options: ModelOptions, problems: list[str]) -> tuple[Checkpoint, str]:
+    """The checkpoint and its dtype. Raises ConfigError with these problems and its own."""
+    _collect(problems, check_device, options.device)
+    chosen = _collect(problems, choose_dtype, options.dtype)
     checkpoint = _collect(problems, open_checkpoint, options)
     if checkpoint is None or chosen is None or problems:
         raise ConfigError(problems)
-    return _plan(checkpoint, options, chosen[0])
+    return checkpoint, chosen[0]
 
 
 def _collect(problems: list[str], function: Callable[..., T], *arguments: object) -> T | None:

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How texts are generated.
+
+    prompt          what the text goes on from, or a Florence-2 task; None: the model's own beginning
+    max_new_tokens  a text is cut there
+    num_beams       1: greedy, or sampling
+    temperature     0: the likeliest token each time; else tokens are drawn from softmax(logits / temperature)
+    seed            of the draws; a row's draws depend on it and on the row's own input alone
+    """
+
+    prompt: str | None = None
+    max_new_tokens: int = 50
+    num_beams: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, for the fingerprint."""
+        return {**asdict(self), "do_sample": self.temperature > 0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mmcli.core.protocols import Processor, Runner
 from mmcli.core.records import DecodeOptions, Modality
 from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.options import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,12 @@ class Inputs:
         return frozenset(m for m, spec in given.items() if spec)
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingPlan:
-    """See mmcli.core.protocols.ModelPlan.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPlan:
+    """What the plans of all checkpoints share.
 
-    loader     "module:function" that loads the towers: (plan, device) -> mmcli.models.runner.Towers
-    detail     what the family needs to know beside (its table's row)
-    normalize  divide vectors by their L2 norm
+    loader  "module:function" that loads the weights: (plan, device) -> what the plan's runner calls
+    detail  what the family needs to know beside (its table's row)
     """
 
     checkpoint: Checkpoint
@@ -81,10 +81,7 @@ class EmbeddingPlan:
     loader: str
     detail: Any
     inputs: Inputs
-    embedding_size: int
     decode: DecodeOptions
-    pooling: str | None
-    normalize: bool
     dtype: str
     device: str
     attn_implementation: str | None
@@ -94,14 +91,12 @@ class EmbeddingPlan:
     def modalities(self) -> frozenset[Modality]:
         return self.inputs.modalities
 
-    def describe(self) -> dict[str, Any]:
-        """What identifies the vectors: the checkpoint, and every setting that changes them."""
+    def describe_model(self) -> dict[str, Any]:
+        """The checkpoint, and every setting that changes what any model gives."""
         return {
             **self.checkpoint.describe(),
             "family": self.family,
             "dtype": self.dtype,
-            "pooling": self.pooling,
-            "normalized": self.normalize,
             "frames": self.inputs.video.num_frames if self.inputs.video else None,
             "attn_implementation": self.attn_implementation,
             "compile": self.compile,
@@ -112,9 +107,46 @@ class EmbeddingPlan:
 
         return InputProcessor(self.checkpoint, self.inputs)
 
+    def load_weights(self, device: Any) -> Any:
+        """What the loader gives: a model's parts on a torch.device."""
+        module, _, function = self.loader.partition(":")
+        return getattr(import_module(module), function)(self, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingPlan(CheckpointPlan):
+    """See mmcli.core.protocols.EmbeddingModelPlan; its loader gives Towers by modality (mmcli.models.runner).
+
+    normalize  divide vectors by their L2 norm
+    """
+
+    embedding_size: int
+    pooling: str | None
+    normalize: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the vectors."""
+        return {**self.describe_model(), "pooling": self.pooling, "normalized": self.normalize}
+
     def load(self) -> Runner:
         """Load the weights. Raises ModelError."""
-        from mmcli.models.runner import TorchRunner
+        from mmcli.models.runner import EmbeddingRunner
 
-        module, _, function = self.loader.partition(":")
-        return TorchRunner(self, getattr(import_module(module), function))
+        return EmbeddingRunner(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionPlan(CheckpointPlan):
+    """See mmcli.core.protocols.ModelPlan; its loader gives a mmcli.models.captioner.Writer."""
+
+    generation: Generation
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the texts: how they are generated, too."""
+        return {**self.describe_model(), "generation": self.generation.describe()}
+
+    def load(self) -> Runner:
+        """Load the weights. Raises ModelError."""
+        from mmcli.models.generate import CaptionRunner
+
+        return CaptionRunner(self)

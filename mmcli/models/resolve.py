@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from mmcli.core.protocols import ModelPlan
-from mmcli.models.options import ModelOptions
+from mmcli.core.protocols import EmbeddingModelPlan, ModelPlan
+from mmcli.models.options import Generation, ModelOptions
 
 
-def resolve(options: ModelOptions) -> ModelPlan:
-    """The plan of a model. Raises ConfigError for what is no model, or none that gives vectors."""
+def resolve(options: ModelOptions) -> EmbeddingModelPlan:
+    """The plan of a model for vectors. Raises ConfigError for what is no model, or none that gives vectors."""
     from mmcli.models.fake import PREFIX, resolve_fake
 
     if options.model.startswith(PREFIX):
@@ -17,6 +17,17 @@ def resolve(options: ModelOptions) -> ModelPlan:
     from mmcli.models.families import plan_checkpoint
 
     return plan_checkpoint(options)
+
+
+def resolve_captioner(options: ModelOptions, generation: Generation) -> ModelPlan:
+    """The plan of a model for captions. Raises ConfigError for what is no model, or none that writes."""
+    from mmcli.models.fake import PREFIX, resolve_fake
+
+    if options.model.startswith(PREFIX):
+        return resolve_fake(options, generation)
+    from mmcli.models.families import plan_captioner
+
+    return plan_captioner(options, generation)
 
 
 def processor_imports(model: str) -> tuple[str, ...]:

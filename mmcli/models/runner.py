@@ -13,11 +13,10 @@ from mmcli.core.errors import MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
 from mmcli.models.device import choose_device, keep_freed_memory
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
-from mmcli.models.plan import EmbeddingPlan
+from mmcli.models.plan import CheckpointPlan, EmbeddingPlan
 
 # Model inputs of one modality by name -> vectors [n, D], in whatever dtype.
 Tower = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-Loader = Callable[[EmbeddingPlan, torch.device], dict[Modality, Tower]]
 
 
 @dataclass(slots=True)
@@ -43,10 +42,12 @@ class PendingVectors:
 
 
 class TorchRunner:
-    """See mmcli.core.protocols.Runner."""
+    """What all runners share (see mmcli.core.protocols.Runner): device, loading, batches on their way to it.
 
-    def __init__(self, plan: EmbeddingPlan, loader: Loader) -> None:
-        self._plan = plan
+    loaded  what the plan's loader gives
+    """
+
+    def __init__(self, plan: CheckpointPlan) -> None:
         self.device = torch.device(choose_device(plan.device)[0])
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
         if self.device.type == "cpu" and plan.dtype == "float16":
@@ -57,15 +58,13 @@ class TorchRunner:
             keep_freed_memory()
         plan.checkpoint.fetch_weights()
         try:
-            self._towers = loader(plan, self.device)
+            self.loaded = plan.load_weights(self.device)
         except MmcliError:
             raise
         except torch.OutOfMemoryError as error:
             raise ModelError(f"-m {plan.checkpoint.id}: its weights do not fit on {self.device}") from error
         except Exception as error:
             raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
-        if plan.compile:
-            self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
         self._fill = _text_fill(plan)
         images = plan.inputs.image
         self._normalize = _normalization(plan) if images else None
@@ -83,11 +82,31 @@ class TorchRunner:
             tensors[name] = _stack([s.arrays[name] for s in samples], fill.get(name, 0), pinned)
         return Batch(modality, tensors)
 
+    def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Model inputs by name, in the model's dtype; pictures that came as uint8 are normalised there."""
+        return {name: self._to_device(name, tensor) for name, tensor in batch.tensors.items()}
+
+    def _to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(self.device, non_blocking=True)
+        if name == "pixel_values" and moved.dtype == torch.uint8 and self._normalize is not None:
+            moved = self._normalize(moved)
+        return moved.to(self._dtype) if moved.is_floating_point() else moved
+
+
+class EmbeddingRunner(TorchRunner):
+    """Batches -> vectors."""
+
+    def __init__(self, plan: EmbeddingPlan) -> None:
+        super().__init__(plan)
+        self._plan = plan
+        self._towers: dict[Modality, Tower] = self.loaded
+        if plan.compile:
+            self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray | PendingVectors:
         """Batch -> float32 [n, D]. Raises torch.OutOfMemoryError, ModelError for vectors of another size."""
-        inputs = {name: self._to_device(name, tensor) for name, tensor in batch.tensors.items()}
-        vectors = self._towers[batch.modality](inputs)
+        vectors = self._towers[batch.modality](self.to_device(batch))
         if vectors.ndim != 2 or vectors.shape[1] != self._plan.embedding_size:
             raise ModelError(
                 f"the model gave vectors of shape {tuple(vectors.shape)}, not [n, {self._plan.embedding_size}]"
@@ -97,17 +116,14 @@ class TorchRunner:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
 
-    def _to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        moved = tensor.to(self.device, non_blocking=True)
-        if name == "pixel_values" and moved.dtype == torch.uint8 and self._normalize is not None:
-            moved = self._normalize(moved)
-        return moved.to(self._dtype) if moved.is_floating_point() else moved
 
-
-def load_model(model_class: Any, plan: EmbeddingPlan, device: torch.device, unused: Sequence[str] = ()) -> Any:
+def load_model(
+    model_class: Any, plan: CheckpointPlan, device: torch.device, unused: Sequence[str] = (), makes: str = "vectors"
+) -> Any:
     """`model_class.from_pretrained`, ready for inference on `device`.
 
     unused  beginnings of the names of weights that are not needed, so that a checkpoint may lack them
+    makes   what the weights are for, as the error says it
     Raises ModelError when other weights are missing: they would be random numbers.
     """
     from transformers.utils.logging import disable_progress_bar
@@ -126,7 +142,7 @@ def load_model(model_class: Any, plan: EmbeddingPlan, device: torch.device, unus
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
-            f"-m {checkpoint.id}: it lacks weights that its vectors need ({missing[0]}{more}); "
+            f"-m {checkpoint.id}: it lacks weights that its {makes} need ({missing[0]}{more}); "
             f"it was saved as {', '.join(checkpoint.config.architectures or ['another class'])}",
             hint="another --pooling does without it" if all(k.startswith("pooler.") for k in missing) else None,
         )
@@ -153,7 +169,7 @@ def _stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool) -> torch.Tenso
     return stacked
 
 
-def _text_fill(plan: EmbeddingPlan) -> dict[str, int]:
+def _text_fill(plan: CheckpointPlan) -> dict[str, int]:
     """With what shorter texts are filled up; with 0 where nothing is said."""
     if plan.inputs.text is None:
         return {}
@@ -161,7 +177,7 @@ def _text_fill(plan: EmbeddingPlan) -> dict[str, int]:
     return {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
 
 
-def _normalization(plan: EmbeddingPlan) -> Normalize | None:
+def _normalization(plan: CheckpointPlan) -> Normalize | None:
     try:
         return Normalize.of(open_image_processor(plan.checkpoint))
     except (AttributeError, TypeError):

@@ -1,0 +1,38 @@
+"""`mmcli caption`: one text per picture."""
+
+from __future__ import annotations
+
+from mmcli.cli.options import (
+    GenerationArguments,
+    InputArguments,
+    MessageArguments,
+    ModelArguments,
+    OutputArguments,
+    RunArguments,
+    with_options,
+)
+
+
+@with_options
+def caption(
+    inputs: InputArguments,
+    model: ModelArguments,
+    generation: GenerationArguments,
+    output: OutputArguments,
+    run: RunArguments,
+    messages: MessageArguments,
+) -> int:
+    """Write a caption for every picture: one row per input, in order.
+
+    mmcli caption photos/ -m Salesforce/blip-image-captioning-base -o captions.parquet
+
+    BLIP, BLIP-2, GIT, VisionEncoderDecoder and Florence-2. Beside each caption stands what tells whether to trust
+    it: why it ended (stop, or length: cut), its tokens and their mean log-probability, whether it runs in a loop.
+
+    An interrupted run goes on when the same command is given again.
+    """
+    from mmcli.cli.compose import Arguments, caption_plan
+    from mmcli.cli.run import execute
+
+    arguments = Arguments(inputs, model, output, run, messages)
+    return execute(arguments, lambda problems: caption_plan(arguments, generation, problems))

@@ -1,0 +1,151 @@
+"""A loaded model that writes: samples -> padded batch -> texts with their trust columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from mmcli.core.records import Generated, Sample
+from mmcli.models.captioner import Writer
+from mmcli.models.options import Generation
+from mmcli.models.plan import CaptionPlan
+from mmcli.models.runner import Batch, TorchRunner
+
+# A loop: a block of at most so many tokens, so many times in a row, over so many tokens at least.
+LOOP_BLOCK, LOOP_TIMES, LOOP_TOKENS = 8, 3, 4
+
+
+@dataclass(slots=True)
+class TextBatch(Batch):
+    """Also the seed of each sample, where tokens are drawn."""
+
+    seeds: list[int]
+
+
+class CaptionRunner(TorchRunner):
+    """See mmcli.core.protocols.Runner: batches -> texts, by the model's own `generate`."""
+
+    def __init__(self, plan: CaptionPlan) -> None:
+        super().__init__(plan)
+        self._generation = plan.generation
+        self._writer: Writer = self.loaded
+
+    def collate(self, samples: Sequence[Sample]) -> TextBatch:
+        """As TorchRunner; a sample's seed is made of --seed and its own pixels: neighbours do not matter."""
+        batch = super().collate(samples)
+        sampling = self._generation.temperature > 0
+        seeds = [_seed(self._generation.seed, sample) for sample in samples] if sampling else []
+        return TextBatch(batch.modality, batch.tensors, seeds)
+
+    @torch.inference_mode()
+    def forward(self, batch: TextBatch) -> list[Generated]:
+        """One text per sample. Raises torch.OutOfMemoryError."""
+        inputs = self.to_device(batch)
+        count = len(next(iter(inputs.values())))
+        # Some models write into their prompt: each batch has its own.
+        prompt = {name: tensor.repeat(count, 1) for name, tensor in self._writer.prompt.items()}
+        trace = Trace(self._generation, batch.seeds)
+        beams = self._generation.num_beams > 1
+        output = self._writer.generate(
+            **inputs,
+            **prompt,
+            max_new_tokens=self._generation.max_new_tokens,
+            num_beams=self._generation.num_beams,
+            # Draws are made by Trace, which leaves the likeliest token to be what was drawn.
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=beams,
+            logits_processor=LogitsProcessorList([] if beams else [trace]),
+        )
+        logprobs = beam_logprobs(output) if beams else torch.stack(trace.logprobs, dim=1)
+        # Decoders give their prompt back, before what they wrote.
+        tokens = output.sequences[:, output.sequences.shape[1] - logprobs.shape[1] :]
+        rows = zip(tokens.tolist(), logprobs.double().cpu().numpy(), strict=True)
+        return [self._generated(row, scores) for row, scores in rows]
+
+    def _generated(self, tokens: list[int], logprobs: np.ndarray) -> Generated:
+        writer, limit = self._writer, self._generation.max_new_tokens
+        end = next((i for i, token in enumerate(tokens) if token in writer.ends), None)
+        stopped = end is not None and not (writer.forced and end == limit - 1)
+        written = tokens if end is None else tokens[:end]
+        count = len(written) + stopped
+        mean = float(logprobs[:count].mean()) if count else 0.0
+        if not math.isfinite(mean):
+            mean = math.nan
+        text = writer.decode(written)
+        return Generated(text, "stop" if stopped else "length", count, mean, has_loop(written))
+
+
+class Trace(LogitsProcessor):  # type: ignore[misc]
+    """Notes the log-probability of the token that each step chooses; draws it where tokens are drawn.
+
+    Drawn by the Gumbel-max trick (argmax of logits / T + Gumbel noise is distributed as softmax(logits / T), Gumbel
+    1954): from one generator a row, on the host, so that a row's draws are the same in every batch and on every
+    device. Comes last: after what the checkpoint's generation_config.json forbids. The log-probability is that
+    of temperature 1.
+
+    logprobs  float32 [n] for each step
+    """
+
+    def __init__(self, generation: Generation, seeds: Sequence[int]) -> None:
+        self._temperature = generation.temperature
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = chosen_by = scores.float()
+        if self._generators:
+            chosen_by = logits / self._temperature + self._noise(logits)
+        chosen = chosen_by.argmax(dim=-1, keepdim=True)
+        self.logprobs.append(logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1))
+        return chosen_by
+
+    def _noise(self, logits: torch.Tensor) -> torch.Tensor:
+        uniform = torch.stack([torch.rand(logits.shape[1], generator=g) for g in self._generators])
+        tiny = torch.finfo(torch.float32).tiny
+        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log().to(logits.device)
+
+
+def beam_logprobs(output: Any) -> torch.Tensor:
+    """Log-probability of each token of the best beams: float32 [n, T]; 0 behind their end.
+
+    output  of `generate` with beams and output_logits: `logits` are [n * beams, V] for each step, `beam_indices`
+            [n, T] the row of each step's logits from which a sequence went on, -1 behind its end
+    """
+    indices = output.beam_indices
+    tokens = output.sequences[:, output.sequences.shape[1] - indices.shape[1] :]
+    found = []
+    for step in range(indices.shape[1]):
+        logits = output.logits[step].float()[indices[:, step].clamp_min(0)]
+        chosen = logits.gather(1, tokens[:, step : step + 1])[:, 0]
+        found.append((chosen - logits.logsumexp(dim=-1)).masked_fill(indices[:, step] < 0, 0.0))
+    return torch.stack(found, dim=1)
+
+
+def has_loop(tokens: Sequence[int]) -> bool:
+    """Whether a block of 1 to 8 tokens comes three times or more in a row, over four tokens at least."""
+    ids = np.asarray(tokens)
+    for block in range(1, LOOP_BLOCK + 1):
+        wanted = max(LOOP_TIMES * block, LOOP_TOKENS) - block
+        if len(ids) < wanted + block:
+            continue
+        # A loop of that many tokens is a run of `wanted` tokens that equal those one block later.
+        same = np.concatenate([[0], np.cumsum(ids[block:] == ids[:-block])])
+        if (same[wanted:] - same[:-wanted] == wanted).any():
+            return True
+    return False
+
+
+def _seed(seed: int, sample: Sample) -> int:
+    digest = blake2b(str(seed).encode(), digest_size=8)
+    for name, array in sample.arrays.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return int.from_bytes(digest.digest(), "big") >> 1
