@@ -118,7 +118,9 @@ class Reference:
         inputs, given = self.inputs(pixels, prompt)
         kept = {name: tensor.clone() for name, tensor in inputs.items()}
         # do_sample and num_beams as Florence-2's settings have them otherwise.
-        tokens = self.model.generate(**inputs, max_new_tokens=LIMIT, num_beams=num_beams, do_sample=False)
+        # GIT's cache is wrong before transformers 5.23: its reference is the text without one.
+        cache = {"use_cache": False} if self.name == "git" else {}
+        tokens = self.model.generate(**inputs, max_new_tokens=LIMIT, num_beams=num_beams, do_sample=False, **cache)
         written = tokens[0, given:].tolist()
         forced = self.name == "florence2" and len(written) == LIMIT
         stopped = written[-1] == self.end and not forced
