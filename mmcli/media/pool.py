@@ -55,7 +55,7 @@ class Nursery:
     """The process that decode workers are forked from.
 
     May be started before there is a plan: it then imports `imports` (names of modules) at once, while the caller
-    imports its own. That takes 3 s off the 9 s that a run with a small model takes to its first row on two cores.
+    imports its own: 48 pictures through a small model take 7.4 s instead of 10.0 on two cores (medians of 3).
     """
 
     def __init__(self, imports: Sequence[str] = ()) -> None:
