@@ -64,7 +64,7 @@ def commands(kind: str, peer: str, data: Path, model: str, work: Path) -> dict[s
     script = HERE / "peer_scripts.py"
     return {
         "mmcli": (
-            [sys.executable, "-m", "mmcli", "embed", str(data), "-m", model, "-o", str(ours), "--overwrite", "-q"],
+            [sys.executable, "-m", "mmcli", "embed", str(data), "-m", model, "-o", str(ours), "--overwrite", "--quiet"],
             ours,
         ),
         peer: ([sys.executable, str(script), peer, kind, str(data), model, str(theirs)], theirs),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mmcli import __version__
+from mmcli.cli.ask import ask
 from mmcli.cli.caption import caption
 from mmcli.cli.command import Command
 from mmcli.cli.embed import embed
@@ -29,7 +30,8 @@ VARIABLES = "Every option is also a variable: --batch-size is MMCLI_BATCH_SIZE. 
 # name -> (function, one line of help)
 COMMANDS = {
     "embed": (embed, "One vector per image, sound, clip or text."),
-    "caption": (caption, "One text per picture."),
+    "caption": (caption, "One text per picture, sound or clip."),
+    "ask": (ask, "Answers to questions about every input."),
     "inspect": (inspect, "What an output holds."),
 }
 for _name, (_function, _line) in COMMANDS.items():

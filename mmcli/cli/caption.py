@@ -1,8 +1,9 @@
-"""`mmcli caption`: one text per picture."""
+"""`mmcli caption`: one text per picture, sound or clip."""
 
 from __future__ import annotations
 
 from mmcli.cli.options import (
+    CaptionArguments,
     GenerationArguments,
     InputArguments,
     MessageArguments,
@@ -17,6 +18,7 @@ from mmcli.cli.options import (
 def caption(
     inputs: InputArguments,
     model: ModelArguments,
+    captions: CaptionArguments,
     generation: GenerationArguments,
     output: OutputArguments,
     run: RunArguments,
@@ -31,8 +33,12 @@ def caption(
 
     An interrupted run goes on when the same command is given again.
     """
-    from mmcli.cli.compose import Arguments, caption_plan
+    from mmcli.cli.compose import Arguments, WritePlanner
+    from mmcli.cli.prompting import read_caption
     from mmcli.cli.run import execute
 
     arguments = Arguments(inputs, model, output, run, messages)
-    return execute(arguments, lambda problems: caption_plan(arguments, generation, problems))
+    planner = WritePlanner(
+        arguments, generation, lambda seed, problems: read_caption(captions, generation, seed, problems)
+    )
+    return execute(arguments, planner)

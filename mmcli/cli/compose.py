@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmcli.cli import parse
 from mmcli.cli.messages import Messages
@@ -29,6 +29,7 @@ from mmcli.core.protocols import ModelPlan, Snapshot, Source, Task
 from mmcli.core.report import Report
 
 if TYPE_CHECKING:
+    from mmcli.cli.prompting import Asked
     from mmcli.media.pool import Nursery
     from mmcli.models.options import ModelOptions
     from mmcli.sources.open import SourceOptions
@@ -65,6 +66,7 @@ class Prepared:
     report: Report
     limits: RunLimits
     signals: Signals
+    variables: tuple[str, ...] = ()
     nursery: Nursery | None = None
 
     def job(self, snapshot: Snapshot) -> Job:
@@ -97,49 +99,103 @@ class RunLimits:
     max_errors: tuple[int | None, float | None]
 
 
-Planner = Callable[[Problems], Planned | None]
+class Planner(Protocol):
+    """What a command wants of a run; asked in this order."""
+
+    def columns(self, problems: Problems) -> tuple[str, ...]:
+        """The columns of the manifest that prompts name."""
+        ...
+
+    def plan(self, problems: Problems) -> Planned | None:
+        """The model and the task; None after a problem."""
+        ...
+
+    def source(self, source: Source) -> Source:
+        """The source as the run reads it. Raises ConfigError."""
+        ...
 
 
-def embed_plan(arguments: Arguments, embedding: EmbeddingArguments, problems: Problems) -> Planned | None:
-    """Resolve the model of `mmcli embed` and say what its vectors are."""
-    from mmcli.models.resolve import resolve
-    from mmcli.tasks.embed import Embed
+class EmbedPlanner:
+    """Of `mmcli embed`."""
 
-    dtype = problems.collect(parse.choice, "--embedding-dtype", embedding.embedding_dtype, ("float32", "float16"))
-    frames = problems.collect(parse.number, "--frames", embedding.frames, 1)
-    options = _model_options(arguments, problems, "openai/clip-vit-base-patch32")
-    if options is None:
-        return None
-    options = replace(options, pooling=embedding.pooling, normalize=embedding.normalize, frames=frames or 1)
-    plan = problems.collect(resolve, options)
-    if plan is None or dtype is None:
-        return None
-    task = Embed(plan.embedding_size, dtype)
-    return Planned(plan, task, {"embedding_dtype": dtype, "exact_decode": options.exact_decode})
+    def __init__(self, arguments: Arguments, embedding: EmbeddingArguments) -> None:
+        self._arguments, self._embedding = arguments, embedding
+
+    def columns(self, problems: Problems) -> tuple[str, ...]:
+        """None: vectors have no prompt."""
+        return ()
+
+    def plan(self, problems: Problems) -> Planned | None:
+        """Resolve the model and say what its vectors are."""
+        from mmcli.models.resolve import resolve
+        from mmcli.tasks.embed import Embed
+
+        wanted = self._embedding
+        dtype = problems.collect(parse.choice, "--embedding-dtype", wanted.embedding_dtype, ("float32", "float16"))
+        options = _model_options(self._arguments, problems, "openai/clip-vit-base-patch32")
+        if options is None:
+            return None
+        options = replace(options, pooling=wanted.pooling, normalize=wanted.normalize)
+        plan = problems.collect(resolve, options)
+        if plan is None or dtype is None:
+            return None
+        task = Embed(plan.embedding_size, dtype)
+        return Planned(plan, task, {"embedding_dtype": dtype, "exact_decode": options.exact_decode})
+
+    def source(self, source: Source) -> Source:
+        """As it is."""
+        return source
 
 
-def caption_plan(arguments: Arguments, generation: GenerationArguments, problems: Problems) -> Planned | None:
-    """Resolve the model of `mmcli caption` and say how it writes."""
-    from mmcli.models.options import Generation
-    from mmcli.models.resolve import resolve_captioner
-    from mmcli.tasks.caption import Caption
+class WritePlanner:
+    """Of `mmcli caption` and `mmcli ask`: `read` gives what is asked."""
 
-    before = len(problems.lines)
-    tokens = problems.collect(parse.number, "--max-new-tokens", generation.max_new_tokens, 1)
-    beams = problems.collect(parse.number, "--num-beams", generation.num_beams, 1)
-    temperature = problems.collect(parse.decimal, "--temperature", generation.temperature)
-    if beams and temperature and beams > 1:
-        problems.add("--num-beams searches for the likeliest text, --temperature draws one; give one of them")
-    sound = len(problems.lines) == before
-    options = _model_options(arguments, problems, "Salesforce/blip-image-captioning-base")
-    if options is None:
-        return None
-    seed = problems.collect(parse.number, "--seed", arguments.run.seed, 0) or 0
-    how = Generation(generation.prompt, tokens or 1, beams or 1, temperature or 0.0, seed)
-    plan = problems.collect(resolve_captioner, options, how)
-    if plan is None or not sound:
-        return None
-    return Planned(plan, Caption(), {"exact_decode": options.exact_decode})
+    def __init__(
+        self,
+        arguments: Arguments,
+        generation: GenerationArguments,
+        read: Callable[[int, Problems], Asked | None],
+    ) -> None:
+        self._arguments, self._generation, self._read = arguments, generation, read
+        self._asked: Asked | None = None
+
+    def columns(self, problems: Problems) -> tuple[str, ...]:
+        """Read what is asked: the columns that it names."""
+        seed = problems.collect(parse.number, "--seed", self._arguments.run.seed, 0) or 0
+        self._asked = self._read(seed, problems)
+        return self._asked.variables if self._asked is not None else ()
+
+    def plan(self, problems: Problems) -> Planned | None:
+        """Resolve the model and say how it writes."""
+        from mmcli.models.options import Generation
+        from mmcli.models.resolve import resolve_writer
+        from mmcli.tasks.write import Write
+
+        options = _model_options(self._arguments, problems, "Salesforce/blip-image-captioning-base")
+        if options is None:
+            return None
+        asked = self._asked
+        plan = problems.collect(resolve_writer, options, Generation() if asked is None else asked.generation)
+        if plan is None or asked is None:
+            return None
+        task = asked.generation.task
+        column = "caption" if task == "caption" else "answer"
+        type_ = None
+        if asked.schema is not None:
+            from mmcli.core.schema import arrow_type
+
+            type_ = arrow_type(asked.schema)
+        write = Write(task, column, plan.output, asked.names, type_)
+        told = {"exact_decode": options.exact_decode, "questions": ",".join(asked.names)}
+        return Planned(plan, write, told)
+
+    def source(self, source: Source) -> Source:
+        """With the examples that each record is shown."""
+        if self._asked is None or not self._asked.generation.chosen:
+            return source
+        from mmcli.cli.examples import choose_examples
+
+        return choose_examples(source, self._asked.generation, self._generation)
 
 
 def _model_options(arguments: Arguments, problems: Problems, example: str) -> ModelOptions | None:
@@ -148,6 +204,7 @@ def _model_options(arguments: Arguments, problems: Problems, example: str) -> Mo
     from mmcli.models.options import ModelOptions
 
     model = arguments.model
+    frames = problems.collect(parse.number, "--frames", model.frames, 1)
     problems.collect(check_device, model.device)
     problems.collect(choose_dtype, model.dtype)
     if not model.model:
@@ -165,6 +222,7 @@ def _model_options(arguments: Arguments, problems: Problems, example: str) -> Mo
         offline=model.offline,
         trust_remote_code=model.trust_remote_code,
         allow_pickle=model.allow_pickle,
+        frames=frames or 1,
         exact_decode=arguments.inputs.exact_decode,
     )
 
@@ -176,16 +234,19 @@ def prepare(
     problems = Problems()
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
-    source = _source(arguments, messages, problems)
+    variables = planner.columns(problems)
+    source = _source(arguments, variables, messages, problems)
     _check_not_an_input(arguments, problems)
-    planned = planner(problems)
+    planned = planner.plan(problems)
+    if source is not None and planned is not None:
+        source = problems.collect(planner.source, source)
     if source is not None and planned is not None:
         _check_modalities(source, planned.plan, str(arguments.model.model), problems)
     problems.check()
     assert source is not None
     assert planned is not None
     _check_place(arguments.output)
-    return Prepared(arguments, source, planned, messages, report, limits, signals)
+    return Prepared(arguments, source, planned, messages, report, limits, signals, variables)
 
 
 def _check_not_an_input(arguments: Arguments, problems: Problems) -> None:
@@ -201,7 +262,9 @@ def _check_not_an_input(arguments: Arguments, problems: Problems) -> None:
                 return
 
 
-def _source(arguments: Arguments, messages: Messages, problems: Problems) -> Source | None:
+def _source(
+    arguments: Arguments, variables: tuple[str, ...], messages: Messages, problems: Problems
+) -> Source | None:
     from mmcli.sources.open import open_source
 
     if "-" in (arguments.inputs.inputs or ()):
@@ -211,10 +274,10 @@ def _source(arguments: Arguments, messages: Messages, problems: Problems) -> Sou
         if sys.stdin.isatty():
             messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
     stdin = sys.stdin.buffer if sys.stdin is not None else None
-    return problems.collect(open_source, _source_options(arguments), stdin)
+    return problems.collect(open_source, _source_options(arguments, variables), stdin)
 
 
-def _source_options(arguments: Arguments) -> SourceOptions:
+def _source_options(arguments: Arguments, variables: tuple[str, ...]) -> SourceOptions:
     from mmcli.sources.open import SourceOptions
 
     inputs = arguments.inputs
@@ -229,6 +292,7 @@ def _source_options(arguments: Arguments) -> SourceOptions:
         path_column=inputs.path_column,
         id_column=inputs.id_column,
         keep=parse.split_names(inputs.keep),
+        variables=variables,
         hidden=inputs.hidden,
         follow_symlinks=inputs.follow_symlinks,
         input_format=inputs.input_format,

@@ -28,8 +28,8 @@ def embed(
 
     An interrupted run goes on when the same command is given again.
     """
-    from mmcli.cli.compose import Arguments, embed_plan
+    from mmcli.cli.compose import Arguments, EmbedPlanner
     from mmcli.cli.run import execute
 
     arguments = Arguments(inputs, model, output, run, messages)
-    return execute(arguments, lambda problems: embed_plan(arguments, embedding, problems))
+    return execute(arguments, EmbedPlanner(arguments, embedding))

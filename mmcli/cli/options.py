@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-INPUTS, MODEL, EMBEDDING, GENERATION = "Inputs", "Model", "Embedding", "Generation"
+INPUTS, MODEL, EMBEDDING, QUESTIONS, GENERATION = "Inputs", "Model", "Embedding", "Questions", "Generation"
 OUTPUT, RUN, MESSAGES = "Output", "Run", "Messages"
 
 
@@ -100,6 +100,9 @@ class ModelArguments:
         _option(MODEL, "--attn-implementation", "NAME", "eager, sdpa, flash_attention_2, ... [the model's]"),
     ] = None
     compile: Annotated[bool, _option(MODEL, "--compile", None, "torch.compile the model.")] = False
+    frames: Annotated[
+        str, _option(MODEL, "--frames", "N", "Frames per clip, uniform in time, where the model leaves it open.")
+    ] = "8"
     offline: Annotated[
         bool, _option(MODEL, "--offline", None, "Never ask the hub; only local directories and its cache.")
     ] = False
@@ -131,15 +134,11 @@ class EmbeddingArguments:
     embedding_dtype: Annotated[
         str, _option(EMBEDDING, "--embedding-dtype", "DTYPE", "How vectors are stored: float32 or float16.")
     ] = "float32"
-    frames: Annotated[
-        str,
-        _option(EMBEDDING, "--frames", "N", "Frames per clip, uniform in time, where the model leaves it open."),
-    ] = "8"
 
 
 @dataclass(frozen=True)
-class GenerationArguments:
-    """How texts are written."""
+class CaptionArguments:
+    """What captions are about."""
 
     prompt: Annotated[
         str | None,
@@ -147,19 +146,98 @@ class GenerationArguments:
             GENERATION,
             "--prompt",
             "TEXT",
-            "What captions go on from, e.g. 'a photo of'; for Florence-2 a task, e.g. '<DETAILED_CAPTION>'.",
+            "What captions go on from ('a photo of'), a Florence-2 task, or what a chat model is told; or @FILE.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class QuestionArguments:
+    """What is asked."""
+
+    question: Annotated[
+        list[str] | None,
+        _option(
+            QUESTIONS,
+            "-q --question",
+            "TEXT",
+            "A question; {title} is the column title; @FILE reads it; name=... names its columns. Repeatable.",
+        ),
+    ] = None
+    question_column: Annotated[
+        str | None, _option(QUESTIONS, "--question-column", "COLUMN", "Manifest column with each row's question.")
+    ] = None
+    questions: Annotated[
+        Path | None, _option(QUESTIONS, "--questions", "FILE", "A file with a question a line, each for every row.")
+    ] = None
+    choices: Annotated[
+        str | None,
+        _option(QUESTIONS, "--choices", "A,B,C", "The answer is one of these; its probability is in score."),
+    ] = None
+    schema: Annotated[
+        str | None,
+        _option(
+            QUESTIONS,
+            "--schema",
+            "SCHEMA",
+            "Answers are JSON: a JSON Schema file, or fields such as 'name, age int, tags list'.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class GenerationArguments:
+    """How texts are written."""
+
+    system: Annotated[
+        str | None, _option(GENERATION, "--system", "TEXT", "The system message of a chat model; @FILE reads it.")
+    ] = None
+    examples: Annotated[
+        Path | None,
+        _option(
+            GENERATION,
+            "--examples",
+            "FILE",
+            "Solved cases that a chat model sees first: a manifest of media with an answer (and question) column.",
+        ),
+    ] = None
+    examples_select: Annotated[
+        str,
+        _option(
+            GENERATION,
+            "--examples-select",
+            "HOW",
+            "all; or of each row random ones, or those most similar by --examples-embeddings.",
+        ),
+    ] = "all"
+    num_examples: Annotated[
+        str, _option(GENERATION, "--num-examples", "N", "How many a row gets, where they are selected.")
+    ] = "4"
+    examples_embeddings: Annotated[
+        list[Path] | None,
+        _option(
+            GENERATION,
+            "--examples-embeddings",
+            "FILE",
+            "Outputs of mmcli embed for the examples and the inputs, found by id. Repeatable.",
         ),
     ] = None
     max_new_tokens: Annotated[
-        str, _option(GENERATION, "--max-new-tokens", "N", "Longer captions are cut, and marked as such.")
-    ] = "50"
+        str,
+        _option(
+            GENERATION,
+            "--max-new-tokens",
+            "N",
+            "Longer texts are cut, and marked as such [50; answers 100; JSON 300].",
+        ),
+    ] = "auto"
     num_beams: Annotated[
         str, _option(GENERATION, "--num-beams", "N", "Beams of a beam search; 1: the likeliest token each time.")
     ] = "1"
     temperature: Annotated[
         str,
         _option(
-            GENERATION, "--temperature", "T", "Above 0: draw tokens; --seed and the picture alone decide which."
+            GENERATION, "--temperature", "T", "Above 0: draw tokens; --seed and the row's input alone decide which."
         ),
     ] = "0"
 
@@ -229,7 +307,7 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
 class MessageArguments:
     """What is said on stderr."""
 
-    quiet: Annotated[bool, _option(MESSAGES, "-q --quiet", None, "Errors only.")] = False
+    quiet: Annotated[bool, _option(MESSAGES, "--quiet", None, "Errors only.")] = False
     json: Annotated[bool, _option(MESSAGES, "--json", None, "End with one JSON line on stderr.")] = False
     log_file: Annotated[
         Path | None, _option(MESSAGES, "--log-file", "FILE", "Append the messages to FILE too.")

@@ -152,7 +152,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     batch_size = limits.batch_size or _auto_batch_size(prepared)
     options = LocalOptions(
         batch_size=batch_size,
-        window=_window(batch_size, snapshot),
+        window=_window(batch_size, snapshot, prepared),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
         parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),
@@ -188,10 +188,11 @@ def _auto_batch_size(prepared: Prepared) -> int:
     return AUTO_BATCH_GPU if device.startswith("cuda") else AUTO_BATCH_CPU
 
 
-def _window(batch_size: int, snapshot: Snapshot) -> int:
+def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
     from mmcli.engines.batching import window_rows
 
-    fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"}
+    # Prompts vary with the columns that they name.
+    fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"} and not prepared.variables
     return window_rows(batch_size, lengths_vary=not fixed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Payload, Record, Result, Sample
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """Where Records come from. Rows are numbered from 0 in a fixed order.
 
-    slots  names of the media of each record: ("",) for one medium, else e.g. ("image", "text")
-    keep   schema of the passthrough columns
+    slots      names of the media of each record: ("",) for one medium, else e.g. ("image", "text")
+    keep       schema of the passthrough columns
     """
 
     slots: tuple[str, ...]
@@ -58,6 +58,17 @@ class Processor(Protocol):
         ...
 
 
+class RecordProcessor(Protocol):
+    """A processor that takes all media of a record together, for models that read them beside a prompt."""
+
+    def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
+        """A record's decoded media and `Record.variables` -> its Samples, one for each question or window of sound.
+
+        Raises RowError for a record that the model cannot take.
+        """
+        ...
+
+
 class Decoder(Protocol):
     """Decodes records and runs the processor on them, in whatever processes."""
 
@@ -93,7 +104,7 @@ class ModelPlan(Protocol):
         """What identifies the model in the fingerprint and the output's metadata."""
         ...
 
-    def open_processor(self) -> Processor:
+    def open_processor(self) -> Processor | RecordProcessor:
         """Called once in every decode worker."""
         ...
 
@@ -109,6 +120,16 @@ class EmbeddingModelPlan(ModelPlan, Protocol):
     def embedding_size(self) -> int: ...
 
 
+class WriterPlan(ModelPlan, Protocol):
+    """The plan of a model that writes.
+
+    output  what a Sample's output is: "text": Generated; "json": likewise, JSON; "scores": Scored
+    """
+
+    @property
+    def output(self) -> Literal["text", "json", "scores"]: ...
+
+
 class Runner(Protocol):
     """A loaded model on a device.
 
@@ -120,7 +141,8 @@ class Runner(Protocol):
         ...
 
     def forward(self, batch: Any) -> Sequence[Any] | np.ndarray | Pending:
-        """Batch -> one output per sample, in order: vectors float32 [n, D], or a list of Generated.
+        """Batch -> one output per sample, in order: vectors float32 [n, D], or a list of Generated or
+        Scored.
 
         On a device that computes while the host goes on, returns the Pending outputs at once: the engine then
         starts the next batch before it waits for this one. What the batch holds must not be kept after a failure.
@@ -149,7 +171,7 @@ class Task(Protocol):
         ...
 
     def result(self, record: Record, samples: Sequence[Modality], outputs: Sequence[Any]) -> Result:
-        """One record's model outputs (one per slot) -> its Result; a bad output becomes an error."""
+        """One record's model outputs (one per Sample) -> its Result; a bad output becomes an error."""
         ...
 
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:

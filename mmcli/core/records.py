@@ -54,6 +54,8 @@ class Record:
     path   shown in the output (escaped when it is not UTF-8), or None
     media  one per slot of its source: one for `embedding`, several for `image_embedding`, `text_embedding`
     keep   values of the passthrough columns, in the order of the source's `keep` schema
+    variables  values of the columns that prompts name, in the order of the source's `variables`; None for null; a
+           column of numbers is a float32 array
     error  set when the source could not read the row; then `media` is empty
     signature  digest of all of the input that determines the row (mmcli.core.signature); set by the engine
     """
@@ -63,6 +65,7 @@ class Record:
     path: str | None
     media: tuple[Media, ...]
     keep: tuple[Any, ...] = ()
+    variables: tuple[Any, ...] = ()
     error: RowError | None = None
     signature: bytes | None = None
 
@@ -125,9 +128,26 @@ class Generated:
     repetition: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An answer out of a known set.
+
+    score  its probability; NaN where the scores are not finite
+    top_k  the likeliest answers with theirs, the best first: the first is `answer`
+    """
+
+    answer: str
+    score: float
+    top_k: tuple[tuple[str, float], ...]
+
+
 @dataclass(slots=True)
 class Decoded:
-    """What decode workers give: for each record one outcome per medium, and the seconds that it took."""
+    """What decode workers give: for each record one outcome per Sample, and the seconds that it took.
+
+    A record has a Sample for each of its media; or, of a RecordProcessor (mmcli.core.protocols), as many as that
+    makes of all of them.
+    """
 
     records: Sequence[Record]
     outcomes: Sequence[tuple[Sample | RowError, ...]]

@@ -10,7 +10,7 @@ from mmcli.core.records import Record
 def signature(record: Record, digest_inline: bool = True) -> bytes | None:
     """16-byte digest over all of the input that determines the row; None for a record with an error.
 
-    Covered: id, path, passthrough values and, per medium, its modality and file (name, size, mtime) or
+    Covered: id, path, passthrough values, variables and, per medium, its modality and file (name, size, mtime) or
     inline content. With `digest_inline=False` inline bytes and text count by their length alone: only for
     callers that know otherwise that the content is the same.
 
@@ -20,6 +20,9 @@ def signature(record: Record, digest_inline: bool = True) -> bytes | None:
         return None
     described: list[object] = [record.id, record.path, record.keep]
     inline: list[bytes] = []
+    for value in record.variables:
+        # repr shortens long arrays.
+        described.append(value if not hasattr(value, "tobytes") else (value.shape, value.tobytes()))
     for media in record.media:
         data = media.data
         if data is None and media.text is not None:

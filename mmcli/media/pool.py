@@ -110,7 +110,7 @@ class InlineDecoder:
             if not records:
                 yield Decoded((), ())
                 continue
-            answer = decoder.block(0, [r.media for r in records])
+            answer = decoder.block(0, [(r.media, r.variables) for r in records])
             yield Decoded(records, answer.outcomes, answer.decode_s, answer.process_s)
 
     def close(self) -> None:
@@ -232,7 +232,7 @@ class DecodePool:
     def _give(self, worker: _Worker, block: _Block) -> None:
         worker.blocks.append(block)
         try:
-            transport.send(worker.sock, (block.number, [r.media for r in block.records]))
+            transport.send(worker.sock, (block.number, [(r.media, r.variables) for r in block.records]))
         except OSError:
             self._bury(worker)
 

@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmcli.core.errors import RowError
-from mmcli.core.protocols import ModelPlan, Processor
+from mmcli.core.protocols import ModelPlan, Processor, RecordProcessor
 from mmcli.core.records import DecodeOptions, Media, Modality, Sample
 from mmcli.media import transport
 
 Outcome = Sample | RowError
+# What a worker is told of a record: its media and its `variables`.
+Job = tuple[tuple[Media, ...], tuple[Any, ...]]
 
 
 class Cell:
@@ -77,7 +79,7 @@ class Cell:
 
 @dataclass(slots=True)
 class Answer:
-    """A worker's answer to one block: an outcome per record and slot, and the seconds that it took."""
+    """A worker's answer to one block: for each record one outcome per Sample, and the seconds that it took."""
 
     block: int
     outcomes: list[tuple[Outcome, ...]]
@@ -88,38 +90,45 @@ class Answer:
 class BlockDecoder:
     """Decode and process, one record at a time. Any exception becomes a RowError of that record."""
 
-    def __init__(self, processor: Processor, options: DecodeOptions) -> None:
+    def __init__(self, processor: Processor | RecordProcessor, options: DecodeOptions) -> None:
         from mmcli.media.decode import decode
 
         self._decode: Callable[[Media, DecodeOptions], tuple[Any, Any]] = decode
-        self._processor = processor
+        self._processor: Any = processor
+        # Whether it takes all media of a record together.
+        self._whole = hasattr(processor, "record")
         self._options = options
         self.decode_s = self.process_s = 0.0
 
-    def block(self, number: int, records: Sequence[tuple[Media, ...]], cell: Cell | None = None) -> Answer:
+    def block(self, number: int, records: Sequence[Job], cell: Cell | None = None) -> Answer:
         """Outcomes of all `records` of a block."""
         self.decode_s = self.process_s = 0.0
-        outcomes = []
-        for index, media in enumerate(records):
+        outcomes: list[tuple[Outcome, ...]] = []
+        for index, (media, variables) in enumerate(records):
             if cell is not None:
                 cell.begin(index)
-            outcomes.append(tuple([self._one(m) for m in media]))
+            if self._whole:
+                outcomes.append(self._timed(media, variables))
+            else:
+                outcomes.append(tuple([self._timed((m,))[0] for m in media]))
         if cell is not None:
             cell.idle()
         return Answer(number, outcomes, self.decode_s, self.process_s)
 
-    def _one(self, media: Media) -> Outcome:
+    def _timed(self, media: Sequence[Media], variables: Sequence[Any] = ()) -> tuple[Outcome, ...]:
         start, decoded = time.perf_counter(), 0.0
         try:
-            modality, payload = self._decode(media, self._options)
+            payloads = [self._decode(one, self._options) for one in media]
             decoded = time.perf_counter()
-            return self._processor(modality, payload)
+            if self._whole:
+                return tuple(self._processor.record(payloads, variables))
+            return (self._processor(*payloads[0]),)
         except RowError as error:
-            return error
+            return (error,)
         except MemoryError:
-            return RowError("oom", "not enough memory to decode this input")
+            return (RowError("oom", "not enough memory to decode this input"),)
         except Exception as error:  # noqa: BLE001 - a library that fails on one input must cost one row
-            return RowError("corrupt", f"{type(error).__name__}: {error}")
+            return (RowError("corrupt", f"{type(error).__name__}: {error}"),)
         finally:
             end = time.perf_counter()
             self.decode_s += (decoded or end) - start

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmcli.core.errors import ConfigError, ModelError, one_line
-from mmcli.core.records import DecodeOptions
+from mmcli.core.errors import ConfigError, ModelError, RowError, one_line
+from mmcli.core.records import DecodeOptions, Modality, Payload, Sample
+from mmcli.core.template import Template
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.facts import available, max_positions, min_image_size, setting
-from mmcli.models.options import Generation, ModelOptions
-from mmcli.models.plan import CaptionPlan, Inputs
+from mmcli.models.options import Generation, ModelOptions, Task
+from mmcli.models.plan import GenerationPlan, Inputs
+from mmcli.models.prompts import Prompts
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from mmcli.models.generate import Writer
 
 FAMILY = "captioner"
 # Tasks of Florence-2 whose answer is a text; the others give boxes.
@@ -49,27 +54,19 @@ CAPTIONERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """A loaded captioner.
+def find(kind: str, architectures: Sequence[str], task: Task) -> Captioner | None:
+    """The row of a model type that writes captions."""
+    return CAPTIONERS.get(kind) if task == "caption" else None
 
-    generate  the model's own
-    prompt    its text inputs, the same for every picture: int64 [1, T] by name
-    ends      tokens that end a text
-    forced    whether the last token allowed is made one of them: such a text did not end by itself
-    decode    tokens without prompt and what follows the end -> text
-    """
 
-    generate: Callable[..., Any]
-    prompt: dict[str, torch.Tensor]
-    ends: frozenset[int]
-    forced: bool
-    decode: Callable[[Sequence[int]], str]
+def names(task: Task) -> Sequence[str]:
+    """The model types that write captions."""
+    return tuple(CAPTIONERS) if task == "caption" else ()
 
 
 def plan(
     checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: Captioner, generation: Generation
-) -> CaptionPlan:
+) -> GenerationPlan:
     """What `row` says about this checkpoint. Raises ConfigError."""
     kind = checkpoint.config.model_type
     architectures = checkpoint.config.architectures or []
@@ -88,11 +85,14 @@ def plan(
         generation = replace(generation, prompt=generation.prompt or FLORENCE_TASKS[0])
         if generation.prompt not in FLORENCE_TASKS:
             raise ConfigError(f"--prompt {generation.prompt!r}: a {kind} takes {', '.join(FLORENCE_TASKS)}")
+    if generation.system is not None:
+        raise ConfigError(f"--system is for chat models; a {kind} takes none")
     _check_length(checkpoint, row, generation)
     inputs = Inputs(image=True)
-    return CaptionPlan(
+    return GenerationPlan(
         checkpoint=checkpoint,
         family=FAMILY,
+        processor="mmcli.models.captioner:open_processor",
         loader="mmcli.models.captioner:load",
         detail=row,
         inputs=inputs,
@@ -110,14 +110,15 @@ def plan(
 
 
 def _check_length(checkpoint: Checkpoint, row: Captioner, generation: Generation) -> None:
-    """Raise ConfigError when prompt and text are longer than the model has positions for."""
-    positions = max_positions(setting(checkpoint.config, row.text_config) or checkpoint.config)
+    """Raise ConfigError when prompt and text are longer than the model has positions for, whatever the row."""
+    positions = text_positions(checkpoint, row)
     if positions is None:
         return
     # The start token, after BLIP-2's places for the picture.
     tokens = 1 + getattr(checkpoint.config, "num_query_tokens", 0)
-    if generation.prompt is not None and row.prompt != "task":
-        tokens = prompt_inputs(checkpoint, row, generation.prompt)["input_ids"].shape[1]
+    if generation.prompt is not None and row.prompt != "task" and not generation.variables:
+        prompt = Template.parse(generation.prompt).render({})
+        tokens = len(prompt_reader(checkpoint, row)(prompt)["input_ids"])
     if tokens + generation.max_new_tokens > positions:
         most = positions - tokens
         remedy = f"give at most --max-new-tokens {most}" if most > 0 else "give a shorter --prompt"
@@ -127,40 +128,96 @@ def _check_length(checkpoint: Checkpoint, row: Captioner, generation: Generation
         )
 
 
-def prompt_inputs(checkpoint: Checkpoint, row: Captioner, prompt: str | None) -> dict[str, torch.Tensor]:
-    """Text inputs as the checkpoint's own processor makes them: int64 [1, T] by name; {} without a prompt.
+def text_positions(checkpoint: Checkpoint, row: Captioner) -> int | None:
+    """How many tokens prompt and text may have together; None where there is no end."""
+    return max_positions(setting(checkpoint.config, row.text_config) or checkpoint.config)
+
+
+def prompt_reader(checkpoint: Checkpoint, row: Captioner) -> Callable[[str], dict[str, np.ndarray]]:
+    """What turns a prompt into text inputs as the checkpoint's own processor does: int64 [T] by name.
 
     Raises ModelError for a processor that cannot be opened.
     """
     import numpy as np
-    import torch
     from transformers import AutoProcessor
 
     from mmcli.models.inputs import open_tokenizer
 
-    if prompt is None:
-        return {}
     if row.prompt == "bare":
-        # As GIT's model card has it: the start token and the text.
         tokenizer = open_tokenizer(checkpoint)
-        ids = [tokenizer.cls_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-        return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+
+        def read_bare(prompt: str) -> dict[str, np.ndarray]:
+            # As GIT's model card has it: the start token and the text.
+            ids = [tokenizer.cls_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+            return {"input_ids": np.array(ids), "attention_mask": np.ones(len(ids), np.int64)}
+
+        return read_bare
+    # A picture, since placeholders for it are among the tokens (BLIP-2, Florence-2).
+    blank = np.zeros((32, 32, 3), np.uint8)
     try:
         processor = AutoProcessor.from_pretrained(
             checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code
         )
-        # A picture, since placeholders for it are among the tokens (BLIP-2, Florence-2).
-        found = processor(images=np.zeros((32, 32, 3), np.uint8), text=prompt, return_tensors="pt")
+        processor(images=blank, text="a", return_tensors="np")
     except Exception as error:
         raise ModelError(f"-m {checkpoint.id}: cannot use its processor: {one_line(str(error))}") from error
-    return {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
+
+    def read(prompt: str) -> dict[str, np.ndarray]:
+        found = processor(images=blank, text=prompt, return_tensors="np")
+        return {name: found[name][0] for name in ("input_ids", "attention_mask") if name in found}
+
+    return read
 
 
-def load(plan: CaptionPlan, device: torch.device) -> Writer:
+class CaptionProcessor:
+    """A picture, and the prompt of its row -> `pixel_values` and the prompt's tokens (see RecordProcessor).
+
+    Prompts of different lengths never share a batch: BLIP and GIT number positions from the first token of a batch,
+    so that padding would shift those of the shorter.
+    """
+
+    def __init__(self, plan: GenerationPlan) -> None:
+        import torch
+
+        from mmcli.models.inputs import ImageProcessor, open_image_processor
+
+        torch.set_num_threads(1)
+        row: Captioner = plan.detail
+        self._images = ImageProcessor(open_image_processor(plan.checkpoint))
+        self._prompts = Prompts(plan.generation)
+        self._positions = None if row.prompt == "task" else text_positions(plan.checkpoint, row)
+        self._max_new_tokens = plan.generation.max_new_tokens
+        if plan.generation.prompt is not None:
+            # Mostly the same prompt for every row.
+            self._read = lru_cache(256)(prompt_reader(plan.checkpoint, row))
+
+    def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
+        """One Sample for each prompt. Raises RowError."""
+        prompts = self._prompts.render(variables)
+        pixels = self._images.arrays(media[0][1])
+        return tuple(self._sample(pixels, prompt) for prompt in prompts)
+
+    def _sample(self, pixels: dict[str, np.ndarray], prompt: str | None) -> Sample:
+        text = {} if prompt is None else self._read(prompt)
+        tokens = len(text["input_ids"]) if text else 0
+        if self._positions is not None and tokens + self._max_new_tokens > self._positions:
+            most = self._positions - self._max_new_tokens
+            raise RowError("too_large", f"the prompt has {tokens} tokens; the model has room for {most}")
+        arrays = {**pixels, **text}
+        return Sample("image", arrays, group=tuple(a.shape for a in arrays.values()))
+
+
+def open_processor(plan: GenerationPlan) -> CaptionProcessor:
+    """What runs in the decode workers."""
+    return CaptionProcessor(plan)
+
+
+def load(plan: GenerationPlan, device: torch.device) -> Writer:
     """The loaded model and what its texts begin and end with."""
     import transformers
     from packaging.version import Version
 
+    from mmcli.models.generate import Writer
     from mmcli.models.runner import load_model
 
     row: Captioner = plan.detail
@@ -173,21 +230,19 @@ def load(plan: CaptionPlan, device: torch.device) -> Writer:
     if ends is None:
         ends = getattr(generator.config, "eos_token_id", None)
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    prompt = prompt_inputs(plan.checkpoint, row, plan.generation.prompt)
     generate = model.generate
     if row.prompt == "bare" and Version(transformers.__version__) < Version("5.23"):
         # With its cache GIT writes other texts on 5.17 than without; from 5.23 on the same.
         generate = partial(generate, use_cache=False)
     return Writer(
         generate=generate,
-        prompt={name: tensor.to(device) for name, tensor in prompt.items()},
         ends=frozenset(known),
         forced=settings.forced_eos_token_id is not None,
         decode=_decoder(plan, row),
     )
 
 
-def _decoder(plan: CaptionPlan, row: Captioner) -> Callable[[Sequence[int]], str]:
+def _decoder(plan: GenerationPlan, row: Captioner) -> Callable[[Sequence[int]], str]:
     from transformers import AutoProcessor
 
     from mmcli.models.inputs import open_tokenizer

@@ -1,4 +1,4 @@
-"""A model without weights whose vectors, or captions, identify their input: `-m fake:8`.
+"""A model without weights whose vectors, captions or answers identify their input: `-m fake:8`.
 
 For trying out a pipeline, and for tests of everything around a model. Its options, after the vector's size:
 
@@ -17,13 +17,26 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import repeat
+from typing import Any, Literal
 
 import numpy as np
 
 from mmcli.core.errors import ConfigError
-from mmcli.core.records import MODALITIES, Audio, DecodeOptions, Generated, Modality, Payload, Sample, Video
+from mmcli.core.protocols import Processor, RecordProcessor, Runner
+from mmcli.core.records import (
+    MODALITIES,
+    Audio,
+    DecodeOptions,
+    Generated,
+    Modality,
+    Payload,
+    Sample,
+    Scored,
+    Video,
+)
 from mmcli.models.options import Generation, ModelOptions
+from mmcli.models.prompts import Prompts, joint_modality
 
 PREFIX = "fake:"
 _LARGEST = 65_536
@@ -31,7 +44,7 @@ _LARGEST = 65_536
 
 @dataclass(frozen=True, slots=True)
 class FakePlan:
-    """See mmcli.core.protocols.EmbeddingModelPlan. Takes every modality; writes captions with `generation`."""
+    """See mmcli.core.protocols.EmbeddingModelPlan. Takes every modality."""
 
     embedding_size: int
     decode: DecodeOptions
@@ -40,19 +53,50 @@ class FakePlan:
     load_ms: float = 0.0
     obey: bool = False
     modalities: frozenset[Modality] = frozenset(MODALITIES)
-    generation: Generation | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Only what changes vectors or captions."""
-        told = {"id": f"{PREFIX}{self.embedding_size}", "family": "fake", "frames": self.decode.num_frames}
-        return told if self.generation is None else {**told, "generation": self.generation.describe()}
+        """Only what changes vectors."""
+        return {"id": f"{PREFIX}{self.embedding_size}", "family": "fake", "frames": self.decode.num_frames}
 
-    def open_processor(self) -> FakeProcessor:
-        return FakeProcessor(self.embedding_size, self.obey, self.generation is not None)
+    def open_processor(self) -> Processor:
+        return FakeProcessor(self.embedding_size, self.obey)
 
-    def load(self) -> FakeRunner:
+    def load(self) -> Runner:
         time.sleep(self.load_ms / 1000)
-        return FakeRunner(self) if self.generation is None else FakeCaptioner(self)
+        return FakeRunner(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeWriterPlan:
+    """See mmcli.core.protocols.WriterPlan. Writes captions and answers for every modality."""
+
+    fake: FakePlan
+    generation: Generation
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        return self.fake.modalities
+
+    @property
+    def decode(self) -> DecodeOptions:
+        return self.fake.decode
+
+    @property
+    def output(self) -> Literal["text", "json", "scores"]:
+        return "scores" if self.generation.choices else "text"
+
+    def describe(self) -> dict[str, Any]:
+        """Only what changes texts."""
+        return {**self.fake.describe(), "generation": self.generation.describe()}
+
+    def open_processor(self) -> RecordProcessor:
+        return FakeWriterProcessor(
+            FakeProcessor(self.fake.embedding_size, self.fake.obey), Prompts(self.generation)
+        )
+
+    def load(self) -> Runner:
+        time.sleep(self.fake.load_ms / 1000)
+        return FakeWriter(self.fake, self.generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +105,6 @@ class FakeProcessor:
 
     embedding_size: int
     obey: bool
-    writes: bool = False
 
     def __call__(self, modality: Modality, payload: Payload) -> Sample:
         """`vector`: float32 [D]. Length bucketing sees the length of texts and sounds."""
@@ -71,10 +114,29 @@ class FakeProcessor:
         vector = fake_vector(modality, payload, self.embedding_size)
         if self.obey and isinstance(payload, str) and payload in ("nan", "fail"):
             vector[0] = np.nan if payload == "nan" else np.inf
-        if self.writes and self.obey and payload == "empty":
-            vector[:] = -1
         cost = len(payload.frames) if isinstance(payload, Video) else 1
         return Sample(modality, {"vector": vector}, length=length, cost=cost)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeWriterProcessor:
+    """A record -> a vector for each prompt."""
+
+    one: FakeProcessor
+    prompts: Prompts
+
+    def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
+        """`vector`: see `asked_vector`; that of the medium itself when it is alone, without a prompt."""
+        asked = zip(self.prompts.render(variables), repeat(self.prompts.system(variables)))
+        samples = [self.one(modality, payload) for modality, payload in media]
+        length = sum(sample.length for sample in samples)
+        vectors = [sample.arrays["vector"] for sample in samples]
+        if self.one.obey and any(payload == "empty" for _, payload in media if isinstance(payload, str)):
+            vectors = [np.full_like(vectors[0], -1)]
+        return tuple(
+            Sample(joint_modality(media), {"vector": asked_vector(vectors, *texts)}, length=length)
+            for texts in asked
+        )
 
 
 class FakeRunner:
@@ -97,13 +159,36 @@ class FakeRunner:
         return batch
 
 
-class FakeCaptioner(FakeRunner):
+class FakeWriter(FakeRunner):
     """Writes the vectors down."""
 
-    def forward(self, batch: np.ndarray) -> list[Generated]:  # type: ignore[override]
-        """One caption per vector: see `fake_caption`. Raises as FakeRunner.forward does."""
-        assert self._plan.generation is not None
-        return [fake_caption(vector, self._plan.generation) for vector in super().forward(batch)]
+    def __init__(self, plan: FakePlan, generation: Generation) -> None:
+        super().__init__(plan)
+        self._generation = generation
+
+    def forward(self, batch: np.ndarray) -> list[Generated | Scored]:  # type: ignore[override]
+        """One text or choice per vector. Raises as FakeRunner.forward does."""
+        vectors, choices = super().forward(batch), self._generation.choices
+        if choices:
+            return [fake_choice(vector, choices) for vector in vectors]
+        return [fake_caption(vector, self._generation) for vector in vectors]
+
+
+def asked_vector(vectors: Sequence[np.ndarray], prompt: str | None, system: str | None) -> np.ndarray:
+    """float32 [D], of the vectors of a record's media and what is asked; a lone vector itself without a prompt."""
+    if len(vectors) == 1 and prompt is None and system is None:
+        return vectors[0]
+    if not all(np.isfinite(v).all() and (v >= 0).all() for v in vectors):
+        return next(v for v in vectors if not (np.isfinite(v).all() and (v >= 0).all()))
+    return fake_vector("text", repr(([v.tolist() for v in vectors], prompt, system)), len(vectors[0]))
+
+
+def fake_choice(vector: np.ndarray, choices: Sequence[str]) -> Scored:
+    """Scores in the order of the vector's dimensions, repeated."""
+    weights = np.resize(vector, len(choices)) + 1e-3
+    order = np.argsort(-weights, kind="stable")
+    ranked = tuple((choices[i], float(weights[i] / weights.sum())) for i in order)
+    return Scored(*ranked[0], ranked)
 
 
 def fake_caption(vector: np.ndarray, generation: Generation) -> Generated:
@@ -128,13 +213,20 @@ def fake_vector(modality: Modality, payload: Payload, size: int) -> np.ndarray:
     return (np.frombuffer(digest.digest(2 * size), "<u2") >> 5).astype(np.float32) / 2048
 
 
-def resolve_fake(options: ModelOptions, generation: Generation | None = None) -> FakePlan:
-    """The plan of `fake:8,oom=4`, for captions with `generation`. Raises ConfigError."""
+def resolve_fake_writer(options: ModelOptions, generation: Generation) -> FakeWriterPlan:
+    """The plan of `fake:8` for captions and answers. Raises ConfigError."""
+    if generation.schema is not None:
+        raise ConfigError(f"-m {options.model}: it writes no JSON; leave --schema out")
+    return FakeWriterPlan(resolve_fake(options), generation)
+
+
+def resolve_fake(options: ModelOptions) -> FakePlan:
+    """The plan of `fake:8,oom=4`. Raises ConfigError."""
     size, *settings = options.model.removeprefix(PREFIX).split(",")
     if not (size.isascii() and size.isdigit() and 0 < int(size) <= _LARGEST):
         raise ConfigError(f"-m {options.model}: the size is a number from 1 to {_LARGEST}, e.g. fake:8")
     decode = DecodeOptions(num_frames=options.frames, exact_decode=options.exact_decode)
-    plan = FakePlan(int(size), decode, generation=generation)
+    plan = FakePlan(int(size), decode)
     for setting in settings:
         name, _, value = setting.partition("=")
         if name == "obey":

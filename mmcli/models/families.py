@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from mmcli.core.errors import ConfigError
 from mmcli.models import captioner, dual_encoder, encoder
 from mmcli.models.checkpoint import Checkpoint, open_checkpoint
 from mmcli.models.device import check_device, choose_dtype
 from mmcli.models.facts import POOLINGS
-from mmcli.models.options import Generation, ModelOptions
-from mmcli.models.plan import CaptionPlan, EmbeddingPlan
+from mmcli.models.options import Generation, ModelOptions, Task
+from mmcli.models.plan import EmbeddingPlan, GenerationPlan
 
 T = TypeVar("T")
+
+
+class WriterFamily(Protocol):
+    """What a module of models that write has.
+
+    find   the row of its table for a model_type and config.json's architectures, None when it is not for it
+    names  the model types that it knows for a task
+    plan   what the row says about a checkpoint; raises ConfigError
+    """
+
+    def find(self, kind: str, architectures: Sequence[str], task: Task) -> Any: ...
+
+    def names(self, task: Task) -> Sequence[str]: ...
+
+    def plan(
+        self, checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: Any, generation: Generation
+    ) -> GenerationPlan: ...
+
+
+# In the order in which they are asked.
+WRITERS: tuple[WriterFamily, ...] = (captioner,)
 
 
 def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:
@@ -25,18 +46,28 @@ def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:
     return _plan(checkpoint, options, dtype)
 
 
-def plan_captioner(options: ModelOptions, generation: Generation) -> CaptionPlan:
-    """The plan of a checkpoint that writes texts. Raises as `plan_checkpoint` does."""
+def plan_writer(options: ModelOptions, generation: Generation) -> GenerationPlan:
+    """The plan of a checkpoint that writes. Raises ConfigError with every problem, TryAgain."""
     checkpoint, dtype = _open(options, [])
     content = checkpoint.json("config.json")
-    kind = str(content.get("model_type"))
-    if row := captioner.CAPTIONERS.get(kind):
-        return captioner.plan(checkpoint, options, dtype, row, generation)
-    embeds = kind in dual_encoder.DUAL_ENCODERS or kind in encoder.ENCODERS
+    kind, architectures = str(content.get("model_type")), tuple(content.get("architectures") or ())
+    for family in WRITERS:
+        row = family.find(kind, architectures, generation.task)
+        if row is not None:
+            return family.plan(checkpoint, options, dtype, row, generation)
+    other: Task = "ask" if generation.task == "caption" else "caption"
+    hint = None
+    if any(family.find(kind, architectures, other) is not None for family in WRITERS):
+        hint = f"it can do another task: mmcli {other}"
+    elif kind in dual_encoder.DUAL_ENCODERS or kind in encoder.ENCODERS:
+        hint = "it gives vectors: mmcli embed"
+    what = "captions" if generation.task == "caption" else "answers"
+    saved = f" saved as {', '.join(architectures)}" if architectures else ""
+    known = sorted({name for family in WRITERS for name in family.names(generation.task)})
     raise ConfigError(
-        f"-m {checkpoint.id}: model type {kind!r} is not supported for captions. "
-        f"Supported are {', '.join(captioner.CAPTIONERS)}",
-        hint="it gives vectors: mmcli embed" if embeds else None,
+        f"-m {checkpoint.id}: model type {kind!r}{saved} is not supported for {what}. "
+        f"Supported are {', '.join(known)}",
+        hint=hint,
     )
 
 

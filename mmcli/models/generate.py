@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -13,49 +13,77 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmcli.core.records import Generated, Sample
-from mmcli.models.captioner import Writer
 from mmcli.models.options import Generation
-from mmcli.models.plan import CaptionPlan
-from mmcli.models.runner import Batch, TorchRunner
+from mmcli.models.plan import GenerationPlan
+from mmcli.models.runner import Batch, TorchRunner, stack
 
 # A loop: a block of at most so many tokens, so many times in a row, over so many tokens at least.
 LOOP_BLOCK, LOOP_TIMES, LOOP_TOKENS = 8, 3, 4
 
 
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A loaded model that writes.
+
+    generate  the model's own
+    ends      tokens that end a text
+    forced    whether the last token allowed is made one of them: such a text did not end by itself
+    decode    tokens without prompt and what follows the end -> text
+    fill      with what arrays of tokens are padded, on the left, by name (input_ids, attention_mask, ...)
+    joined    arrays that are put one behind the other, not stacked (Qwen-VL's pixel_values)
+    """
+
+    generate: Callable[..., Any]
+    ends: frozenset[int]
+    forced: bool
+    decode: Callable[[Sequence[int]], str]
+    fill: Mapping[str, int] = field(default_factory=dict)
+    joined: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class TextBatch(Batch):
-    """Also the seed of each sample, where tokens are drawn."""
+    """Also how many samples, and the seed of each, where tokens are drawn."""
 
+    count: int
     seeds: list[int]
 
 
-class CaptionRunner(TorchRunner):
+class GenerationRunner(TorchRunner):
     """See mmcli.core.protocols.Runner: batches -> texts, by the model's own `generate`."""
 
-    def __init__(self, plan: CaptionPlan) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         super().__init__(plan)
         self._generation = plan.generation
         self._writer: Writer = self.loaded
 
     def collate(self, samples: Sequence[Sample]) -> TextBatch:
-        """As TorchRunner; a sample's seed is made of --seed and its own pixels: neighbours do not matter."""
-        batch = super().collate(samples)
+        """Samples of equal (modality, group) -> a Batch; tokens are padded on the left, to the longest.
+
+        On the left, so that all texts go on from the last place. A sample's seed is made of --seed and its own
+        inputs: neighbours do not matter.
+        """
         sampling = self._generation.temperature > 0
         seeds = [_seed(self._generation.seed, sample) for sample in samples] if sampling else []
-        return TextBatch(batch.modality, batch.tensors, seeds)
+        pinned = self.device.type == "cuda"
+        tensors = {}
+        for name in samples[0].arrays:
+            arrays = [s.arrays[name] for s in samples]
+            if name in self._writer.joined:
+                tensors[name] = torch.from_numpy(np.concatenate(arrays))
+            else:
+                fill = self._writer.fill.get(name)
+                tensors[name] = stack(arrays, fill or 0, pinned, left=fill is not None)
+        return TextBatch(samples[0].modality, tensors, len(samples), seeds)
 
     @torch.inference_mode()
     def forward(self, batch: TextBatch) -> list[Generated]:
         """One text per sample. Raises torch.OutOfMemoryError."""
         inputs = self.to_device(batch)
-        count = len(next(iter(inputs.values())))
-        # Some models write into their prompt: each batch has its own.
-        prompt = {name: tensor.repeat(count, 1) for name, tensor in self._writer.prompt.items()}
         trace = Trace(self._generation, batch.seeds)
         beams = self._generation.num_beams > 1
         output = self._writer.generate(
             **inputs,
-            **prompt,
             max_new_tokens=self._generation.max_new_tokens,
             num_beams=self._generation.num_beams,
             # Draws are made by Trace, which leaves the likeliest token to be what was drawn.

@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from hashlib import blake2b
+from typing import Any, Literal
+
+from mmcli.core.records import Media
+
+# What a model that writes is asked for.
+Task = Literal["caption", "ask"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A solved case, shown to the model before each question (few-shot, as Flamingo's, Alayrac et al. 2022)."""
+
+    media: tuple[Media, ...]
+    question: str | None
+    answer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How texts are generated.
+    """What is asked, and how texts are generated. Texts may name columns: see mmcli.core.template.
 
-    prompt          what the text goes on from, or a Florence-2 task; None: the model's own beginning
+    prompt          of captions: what the text goes on from, a Florence-2 task, or what a chat model is told; None:
+                    the model's own beginning
     max_new_tokens  a text is cut there
     num_beams       1: greedy, or sampling
     temperature     0: the likeliest token each time; else tokens are drawn from softmax(logits / temperature)
     seed            of the draws; a row's draws depend on it and on the row's own input alone
+    questions       one answer to each; () for captions
+    variables       the columns that prompt, questions and system name, in the order of Record.variables
+    system          the system message of a chat model
+    choices         the answer is one of these
+    schema          the answer is JSON that this JSON Schema allows; as canonical JSON text
+    examples        solved cases, shown before each question
+    chosen          each record has examples of its own: the last of Record.variables is a tuple of their indices
+    task            "caption" or "ask"
     """
 
     prompt: str | None = None
@@ -22,10 +46,34 @@ class Generation:
     num_beams: int = 1
     temperature: float = 0.0
     seed: int = 0
+    questions: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+    system: str | None = None
+    choices: tuple[str, ...] = ()
+    schema: str | None = None
+    examples: tuple[Example, ...] = ()
+    chosen: bool = False
+    task: Task = "caption"
+
+    @property
+    def prompts(self) -> tuple[str | None, ...]:
+        """One for each output of a record."""
+        return self.questions or (self.prompt,)
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values, for the fingerprint."""
-        return {**asdict(self), "do_sample": self.temperature > 0}
+        """As JSON values, for the fingerprint: what is set."""
+        told = {name: value for name, value in asdict(self).items() if value not in ((), None)}
+        if self.examples:
+            told["examples"] = [_described(example) for example in self.examples]
+        return {**told, "do_sample": self.temperature > 0}
+
+
+def _described(example: Example) -> dict[str, Any]:
+    media = [
+        one.text or (blake2b(one.data, digest_size=16).hexdigest() if one.data is not None else one.file)
+        for one in example.media
+    ]
+    return {"media": media, "question": example.question, "answer": example.answer}
 
 
 @dataclass(frozen=True, slots=True)

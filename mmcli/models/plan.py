@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from mmcli.core.protocols import Processor, Runner
+from mmcli.core.protocols import Processor, RecordProcessor, Runner
 from mmcli.core.records import DecodeOptions, Modality
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.options import Generation
+
+# What the outputs of a model that writes are: see GenerationPlan.
+Output = Literal["text", "json", "scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +105,9 @@ class CheckpointPlan:
             "compile": self.compile,
         }
 
-    def open_processor(self) -> Processor:
-        from mmcli.models.inputs import InputProcessor
-
-        return InputProcessor(self.checkpoint, self.inputs)
-
     def load_weights(self, device: Any) -> Any:
         """What the loader gives: a model's parts on a torch.device."""
-        module, _, function = self.loader.partition(":")
-        return getattr(import_module(module), function)(self, device)
+        return _imported(self.loader)(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +125,11 @@ class EmbeddingPlan(CheckpointPlan):
         """What identifies the vectors."""
         return {**self.describe_model(), "pooling": self.pooling, "normalized": self.normalize}
 
+    def open_processor(self) -> Processor:
+        from mmcli.models.inputs import InputProcessor
+
+        return InputProcessor(self.checkpoint, self.inputs)
+
     def load(self) -> Runner:
         """Load the weights. Raises ModelError."""
         from mmcli.models.runner import EmbeddingRunner
@@ -136,17 +138,34 @@ class EmbeddingPlan(CheckpointPlan):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaptionPlan(CheckpointPlan):
-    """See mmcli.core.protocols.ModelPlan; its loader gives a mmcli.models.captioner.Writer."""
+class GenerationPlan(CheckpointPlan):
+    """See mmcli.core.protocols.ModelPlan; of models that write.
+
+    processor  "module:function" that opens what runs in the decode workers: plan -> RecordProcessor
+    runner     "module:class" of its Runner, made with the plan; its loader gives what that runner wants
+    output     what a Sample's output is: "text": mmcli.core.records.Generated; "json": likewise, a text that the
+               schema allows; "scores": Scored
+    """
 
     generation: Generation
+    processor: str
+    runner: str = "mmcli.models.generate:GenerationRunner"
+    output: Output = "text"
 
     def describe(self) -> dict[str, Any]:
         """What identifies the texts: how they are generated, too."""
         return {**self.describe_model(), "generation": self.generation.describe()}
 
+    def open_processor(self) -> RecordProcessor:
+        opened: RecordProcessor = _imported(self.processor)(self)
+        return opened
+
     def load(self) -> Runner:
         """Load the weights. Raises ModelError."""
-        from mmcli.models.generate import CaptionRunner
+        loaded: Runner = _imported(self.runner)(self)
+        return loaded
 
-        return CaptionRunner(self)
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mmcli.core.protocols import EmbeddingModelPlan, ModelPlan
+from mmcli.core.protocols import EmbeddingModelPlan, WriterPlan
 from mmcli.models.options import Generation, ModelOptions
 
 
@@ -19,15 +19,15 @@ def resolve(options: ModelOptions) -> EmbeddingModelPlan:
     return plan_checkpoint(options)
 
 
-def resolve_captioner(options: ModelOptions, generation: Generation) -> ModelPlan:
-    """The plan of a model for captions. Raises ConfigError for what is no model, or none that writes."""
-    from mmcli.models.fake import PREFIX, resolve_fake
+def resolve_writer(options: ModelOptions, generation: Generation) -> WriterPlan:
+    """The plan of a model for captions or answers. Raises ConfigError for what is no model, or none that writes."""
+    from mmcli.models.fake import PREFIX, resolve_fake_writer
 
     if options.model.startswith(PREFIX):
-        return resolve_fake(options, generation)
-    from mmcli.models.families import plan_captioner
+        return resolve_fake_writer(options, generation)
+    from mmcli.models.families import plan_writer
 
-    return plan_captioner(options, generation)
+    return plan_writer(options, generation)
 
 
 def processor_imports(model: str) -> tuple[str, ...]:

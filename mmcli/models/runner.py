@@ -79,7 +79,7 @@ class TorchRunner:
         pinned = self.device.type == "cuda"
         tensors = {}
         for name in samples[0].arrays:
-            tensors[name] = _stack([s.arrays[name] for s in samples], fill.get(name, 0), pinned)
+            tensors[name] = stack([s.arrays[name] for s in samples], fill.get(name, 0), pinned)
         return Batch(modality, tensors)
 
     def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -149,8 +149,8 @@ def load_model(
     return model.to(device).eval()
 
 
-def _stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool) -> torch.Tensor:
-    """Arrays as one, padded along their first axis to the longest.
+def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = False) -> torch.Tensor:
+    """Arrays as one, padded along their first axis to the longest: behind, or in front with `left`.
 
     Straight into pinned memory for a CUDA device: no second copy.
     """
@@ -165,7 +165,8 @@ def _stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool) -> torch.Tenso
         return stacked
     out.fill(fill)
     for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
+        start = longest - len(array) if left else 0
+        row[start : start + len(array)] = array
     return stacked
 
 

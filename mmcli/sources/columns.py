@@ -85,6 +85,7 @@ class Selection:
     media: tuple[MediaColumn, ...]
     id: str | None = None
     keep: tuple[KeepColumn, ...] = ()
+    variables: tuple[str, ...] = ()
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -96,7 +97,7 @@ class Selection:
     def names(self) -> list[str]:
         """Every column that is read, each once."""
         wanted = [m.name for m in self.media] + ([self.id] if self.id else []) + [k.name for k in self.keep]
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys([*wanted, *self.variables]))
 
 
 def select(options: SourceOptions, columns: Sequence[Column], manifest: str, empty: bool = False) -> Selection:
@@ -109,16 +110,20 @@ def select(options: SourceOptions, columns: Sequence[Column], manifest: str, emp
     by_name = {c.name: c for c in columns}
     if empty:
         given = [options.id_column, *_given(options).values(), *(k.partition(":")[0] for k in options.keep)]
+        given += options.variables
         by_name = {name: Column(name, "unknown", "any") for name in given if name}
     media = _chosen_media(options, by_name, manifest, problems)
     if not media and not problems:
         media = () if empty else _guess(columns, manifest, problems)
     _check_id(options.id_column, by_name, manifest, problems)
     keep = _chosen_keep(options.keep, by_name, manifest, problems)
+    for name in options.variables:
+        if name not in by_name:
+            problems.append(_missing(f"the prompt's {{{name}}}", name, by_name, manifest))
     if problems:
         raise ConfigError(problems)
     # An empty manifest has no records whose media could be of any kind.
-    return Selection(media or (MediaColumn("", "path", None),), options.id_column, keep)
+    return Selection(media or (MediaColumn("", "path", None),), options.id_column, keep, options.variables)
 
 
 def _given(options: SourceOptions) -> dict[Modality | None, str]:

@@ -115,3 +115,28 @@ CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "float": _to_float,
     "bool": _to_bool,
 }
+
+
+def variable(value: Any) -> Any:
+    """A cell as a prompt or a model gets it (see Record.variables). Raises UnicodeError for what is not UTF-8."""
+    if isinstance(value, str):
+        value.encode()
+        return value
+    if isinstance(value, list):
+        return _numbers(value)
+    if isinstance(value, dict):
+        return json_text(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if _is_null(value) else value
+
+
+def _numbers(value: list[Any]) -> Any:
+    """float32 [...] of numbers, nested evenly; else the list."""
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return value
+    return array.astype(np.float32) if array.dtype.kind in "iuf" and array.size else value

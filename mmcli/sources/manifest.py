@@ -38,6 +38,7 @@ class Block:
             str for a "path", bytes for "bytes", (bytes or None, path or None) for "struct", str or bytes for "text"
     ids     cells of the id column: str, int or None; None without an id column
     keep    one list for each passthrough column
+    variables  one list for each column that prompts name: see Record.variables
     errors  rows (from 0 in the block) that could not be read; their cells are None
     """
 
@@ -46,6 +47,7 @@ class Block:
     ids: Sequence[Any] | None = None
     keep: list[Sequence[Any]] = field(default_factory=list)
     errors: dict[int, RowError] = field(default_factory=dict)
+    variables: list[Sequence[Any]] = field(default_factory=list)
 
 
 class Manifest(Protocol):
@@ -191,8 +193,9 @@ class ManifestSource:
             paths = paths if paths is not None else names
         ids = self._ids(block, first, errors)
         keep = zip(*block.keep, strict=True) if block.keep else repeat(())
+        variables = zip(*block.variables, strict=True) if block.variables else repeat(())
         rows = range(first, first + block.rows)
-        records = map(Record, rows, ids, paths or repeat(None), zip(*slots, strict=True), keep)
+        records = map(Record, rows, ids, paths or repeat(None), zip(*slots, strict=True), keep, variables)
         if not errors:
             yield from records
             return

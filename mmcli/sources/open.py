@@ -71,6 +71,7 @@ class SourceOptions:
     *_column        which columns of a manifest are media; several make a record of several media
     id_column       the column of a manifest that holds the ids
     keep            passthrough columns of a manifest; for JSONL and CSV with a type: `name:int`
+    variables       columns of a manifest that prompts name
     hidden          also files and folders whose names begin with a dot
     input_format    read the inputs as parquet, jsonl, csv, tsv or paths, whatever their names
     live            make records from stdin as lines arrive, without a snapshot (rows are not known)
@@ -86,6 +87,7 @@ class SourceOptions:
     path_column: str | None = None
     id_column: str | None = None
     keep: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
     hidden: bool = False
     follow_symlinks: bool = True
     input_format: str | None = None
@@ -334,6 +336,12 @@ def _check_together(options: SourceOptions, opened: Sequence[_Listings | Source]
     if with_files and options.keep:
         problems.append(
             f"--keep {','.join(options.keep)}: only manifests have columns, not folders and files; leave it out"
+        )
+    if with_files and options.variables:
+        names = ", ".join(options.variables)
+        problems.append(
+            f"the columns that prompts name ({names}): only manifests have columns, not folders and files; "
+            "a brace itself is written twice: {{ or }}"
         )
     if not manifests and options.column_flags:
         flags = ", ".join(options.column_flags)

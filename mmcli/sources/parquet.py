@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from mmcli.core.errors import ConfigError, RowError, one_line
 from mmcli.core.records import Modality
 from mmcli.sources.columns import Column, Holds, KeepColumn, MediaColumn, Selection
+from mmcli.sources.lines import variable
 from mmcli.sources.manifest import Block, bad_row
 from mmcli.sources.names import shown
 
@@ -182,6 +183,7 @@ def _block(batch: pa.RecordBatch, selection: Selection) -> Block:
         ids=_values(batch.column(selection.id), selection.id, errors) if selection.id else None,
         keep=[_keep_values(batch.column(k.name), k, errors) for k in selection.keep],
         errors=errors,
+        variables=[_variables(batch.column(name), name, errors) for name in selection.variables],
     )
 
 
@@ -189,7 +191,9 @@ def _error_block(rows: int, selection: Selection, error: RowError) -> Block:
     nulls = [None] * rows
     # The id column is lost too; `name#row` stands in for it.
     errors = dict.fromkeys(range(rows), error)
-    return Block(rows, [nulls] * len(selection.media), None, [nulls] * len(selection.keep), errors)
+    keep: list[Sequence[Any]] = [nulls] * len(selection.keep)
+    variables: list[Sequence[Any]] = [nulls] * len(selection.variables)
+    return Block(rows, [nulls] * len(selection.media), None, keep, errors, variables)
 
 
 def _cells(array: pa.Array, column: MediaColumn, errors: dict[int, RowError]) -> Sequence[Any]:
@@ -222,6 +226,10 @@ def _value(array: pa.Array, row: int, column: str, errors: dict[int, RowError]) 
     except UnicodeDecodeError:
         errors[row] = bad_row(f"column {column!r} is not UTF-8")
         return None
+
+
+def _variables(array: pa.Array, column: str, errors: dict[int, RowError]) -> list[Any]:
+    return [variable(value) for value in _values(array, column, errors)]
 
 
 def _keep_values(array: pa.Array, column: KeepColumn, errors: dict[int, RowError]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmcli.core.errors import RowError
 from mmcli.sources.columns import Selection
-from mmcli.sources.lines import BLOCK_ROWS, CONVERTERS
+from mmcli.sources.lines import BLOCK_ROWS, CONVERTERS, variable
 from mmcli.sources.manifest import Block, bad_row
 
 # The value of a row's column by name, None when it has none.
@@ -31,9 +31,10 @@ def _block(rows: list[Getter | RowError], selection: Selection) -> Block:
         media.append(_column(rows, column.name, _path if column.kind == "path" else _string, errors))
     for kept in selection.keep:
         keep.append(_column(rows, kept.name, CONVERTERS[kept.convert or "string"], errors))
+    variables: list[Sequence[Any]] = [_column(rows, name, variable, errors) for name in selection.variables]
     ids = _column(rows, selection.id, _id, errors) if selection.id else None
     errors.update((i, row) for i, row in enumerate(rows) if isinstance(row, RowError))
-    return Block(len(rows), media, ids, keep, errors)
+    return Block(len(rows), media, ids, keep, errors, variables)
 
 
 def _column(

@@ -13,7 +13,9 @@ from cli_runs import Cli, manifest
 
 from mmcli.models.fake import fake_caption, fake_vector
 from mmcli.models.options import Generation
-from mmcli.tasks.caption import COLUMNS
+from mmcli.tasks.write import KINDS
+
+COLUMNS = {"caption": pa.string(), **KINDS["text"].columns}
 
 
 def text_of(content: str, **generation: Any) -> str:
@@ -112,14 +114,18 @@ def test_options_are_in_the_fingerprint(
     assert difference in done.err
 
 
-def test_two_media_a_row(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_text(f"text,image\nhello,{Path(__file__).parents[2]}/sample_data/images/none.png\n")
+def test_two_media_a_row_have_one_caption(cli: Cli, tmp_path: Path) -> None:
+    images = Path(__file__).parents[2] / "sample_data/images"
+    first, second, *_ = sorted(images.glob("*.png"))
+    lines = [f"hello,{first}", f"hello,{second}", f"bye,{first}", f"hello,{images}/none.png"]
+    (tmp_path / "m.csv").write_text("\n".join(["text,image", *lines, ""]))
     out = tmp_path / "o.parquet"
-    cli(
-        "caption", tmp_path / "m.csv", "-m", "fake:4", "--text-column", "text", "--image-column", "image", "-o", out
-    )
-    schema: pa.Schema = pq.read_schema(out)
-    assert {"image_caption", "text_caption", "image_n_tokens", "text_repetition"} <= set(schema.names)
+    columns = ["--text-column", "text", "--image-column", "image"]
+    assert cli("caption", tmp_path / "m.csv", "-m", "fake:4", *columns, "-o", out).code == 3
+    rows = table(out)
+    assert len({row["caption"] for row in rows[:3]}) == 3
+    assert [row["modality"] for row in rows[:3]] == ["image+text"] * 3
+    assert (rows[3]["caption"], rows[3]["error_code"]) == (None, "not_found")
 
 
 def test_refusals_come_together(cli: Cli, texts: Path) -> None:

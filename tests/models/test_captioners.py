@@ -25,8 +25,8 @@ from mmcli.core.errors import ConfigError, ModelError
 from mmcli.core.records import Generated
 from mmcli.models.generate import Trace, has_loop
 from mmcli.models.options import Generation, ModelOptions
-from mmcli.models.plan import CaptionPlan
-from mmcli.models.resolve import resolve_captioner
+from mmcli.models.plan import GenerationPlan
+from mmcli.models.resolve import resolve_writer
 
 NAMES = tuple(tiny_captioners.BUILDERS)
 # A prompt for those that take one; Florence-2 always has a task.
@@ -55,9 +55,9 @@ def pictures() -> tuple[np.ndarray, ...]:
     return tuple(generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES)
 
 
-def plan_of(folder: Path | str, generation: Generation, **options: Any) -> CaptionPlan:
-    plan = resolve_captioner(ModelOptions(str(folder), device="cpu", **options), generation)
-    assert isinstance(plan, CaptionPlan)
+def plan_of(folder: Path | str, generation: Generation, **options: Any) -> GenerationPlan:
+    plan = resolve_writer(ModelOptions(str(folder), device="cpu", **options), generation)
+    assert isinstance(plan, GenerationPlan)
     return plan
 
 
@@ -65,7 +65,7 @@ def captions(folder: Path, generation: Generation, batch_size: int, rows: int) -
     """Row i is of picture i % len(pictures())."""
     plan = plan_of(folder, generation)
     processor, runner = plan.open_processor(), plan.load()
-    samples = [processor("image", pixels) for pixels in pictures()]
+    samples = [processor.record([("image", pixels)], ())[0] for pixels in pictures()]
     found: list[Generated] = []
     for start in range(0, rows, batch_size):
         batch = [samples[row % len(samples)] for row in range(start, min(rows, start + batch_size))]

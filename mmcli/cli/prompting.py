@@ -1,0 +1,197 @@
+"""Strings -> what a model is asked: questions, templates, choices, schema, solved examples."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmcli.cli import parse
+from mmcli.cli.options import CaptionArguments, GenerationArguments, QuestionArguments
+from mmcli.cli.parse import Problems
+from mmcli.core.errors import ConfigError
+from mmcli.core.template import Template
+
+if TYPE_CHECKING:
+    from mmcli.models.options import Example, Generation
+
+# `colour=What colour is it?`: the name begins the columns of that answer.
+_NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(?=\S)(.*)", re.DOTALL)
+# Texts of prompts are read whole.
+_MOST_BYTES = 1024 * 1024
+# What is given as examples is put before every question.
+_MOST_EXAMPLES = 100_000
+# --max-new-tokens auto.
+_TOKENS = {"caption": 50, "ask": 100, "json": 300}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a command asks of a model, before it is known which model.
+
+    names      of the questions, "" for one alone; they begin its columns
+    variables  the columns that the texts name
+    schema     the JSON Schema of answers
+    """
+
+    names: tuple[str, ...]
+    generation: Generation
+    schema: dict[str, Any] | None = None
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return self.generation.variables
+
+
+def read_caption(
+    caption: CaptionArguments, how: GenerationArguments, seed: int, problems: Problems
+) -> Asked | None:
+    """What `mmcli caption` asks; problems are added."""
+    from mmcli.models.options import Generation
+
+    before = len(problems.lines)
+    prompt = problems.collect(_text, "--prompt", caption.prompt)
+    generation = _generation(Generation(prompt=prompt), how, seed, problems)
+    return Asked(("",), generation) if len(problems.lines) == before else None
+
+
+def read_questions(
+    asked: QuestionArguments, how: GenerationArguments, seed: int, problems: Problems
+) -> Asked | None:
+    """What `mmcli ask` asks; problems are added."""
+    from mmcli.models.options import Generation
+
+    before = len(problems.lines)
+    questions = problems.collect(_questions, asked) or ()
+    choices = problems.collect(_choices, asked.choices) or ()
+    schema = canonical = None
+    if asked.schema is not None:
+        from mmcli.core.schema import canonical as text_of
+        from mmcli.core.schema import parse_schema
+
+        schema = problems.collect(parse_schema, asked.schema)
+        canonical = None if schema is None else text_of(schema)
+        if choices:
+            problems.add("--choices and --schema exclude one another; a field of a schema can have choices")
+    generation = Generation(
+        questions=tuple(text for _, text in questions), choices=choices, schema=canonical, task="ask"
+    )
+    generation = _generation(generation, how, seed, problems)
+    if len(problems.lines) > before:
+        return None
+    return Asked(tuple(name for name, _ in questions), generation, schema)
+
+
+def _generation(wanted: Generation, how: GenerationArguments, seed: int, problems: Problems) -> Generation:
+    """`wanted`, with what captions and answers share."""
+    tokens = problems.collect(parse.count_or_auto, "--max-new-tokens", how.max_new_tokens, 1)
+    beams = problems.collect(parse.number, "--num-beams", how.num_beams, 1) or 1
+    temperature = problems.collect(parse.decimal, "--temperature", how.temperature) or 0.0
+    if beams > 1 and temperature:
+        problems.add("--num-beams searches for the likeliest text, --temperature draws one; give one of them")
+    for flag, given in (("--choices", wanted.choices), ("--schema", wanted.schema)):
+        if given and beams > 1:
+            problems.add(f"{flag} does not go with --num-beams {beams}; leave one out")
+    if wanted.choices and temperature:
+        problems.add("--choices compares probabilities, nothing is drawn; leave --temperature out")
+    system = problems.collect(_text, "--system", how.system)
+    examples = problems.collect(_examples, how) or ()
+    kind = "json" if wanted.schema else wanted.task
+    wanted = replace(
+        wanted,
+        max_new_tokens=tokens or _TOKENS[kind],
+        num_beams=beams,
+        temperature=temperature,
+        seed=seed,
+        system=system,
+        examples=examples,
+        chosen=how.examples_select != "all",
+    )
+    return replace(wanted, variables=problems.collect(_columns, wanted) or ())
+
+
+def _columns(generation: Generation) -> tuple[str, ...]:
+    texts = [*generation.questions, generation.prompt, generation.system]
+    names = [name for text in texts if text is not None for name in Template.parse(text).columns]
+    return tuple(dict.fromkeys(names))
+
+
+def _text(option: str, text: str | None) -> str | None:
+    """The text, or that of the file which `@FILE` names. Raises ConfigError."""
+    if text is None or not text.startswith("@"):
+        if text is not None and not text.strip():
+            raise ConfigError(f"{option} is empty; leave it out, or give a text")
+        return text
+    return _file(option, Path(text[1:])).strip()
+
+
+def _file(option: str, path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option}: {path} is not UTF-8") from error
+    if len(content) > _MOST_BYTES or not text.strip():
+        what = "empty" if not text.strip() else f"more than {_MOST_BYTES} bytes"
+        raise ConfigError(f"{option}: {path} is {what}; a text to ask is expected there")
+    return text
+
+
+def _questions(asked: QuestionArguments) -> tuple[tuple[str, str], ...]:
+    """(name, text) of each question. Raises ConfigError."""
+    lines: list[str] = []
+    for given in asked.question or ():
+        name, text = _named(given)
+        read = _text("--question", text)
+        lines.append(f"{name}={read}" if name else str(read))
+    if asked.questions is not None:
+        lines += [line.strip() for line in _file("--questions", asked.questions).splitlines() if line.strip()]
+    if asked.question_column is not None:
+        if set(asked.question_column) & set("{}!:"):
+            raise ConfigError(f"--question-column {asked.question_column!r}: rename it, without any of {{ }} ! :")
+        lines.append("{" + asked.question_column + "}")
+    if not lines:
+        raise ConfigError("nothing is asked; add -q 'What is in the picture?', --question-column or --questions")
+    named = [_named(line) for line in lines]
+    names = [name or (f"q{number}" if len(named) > 1 else "") for number, (name, _) in enumerate(named, 1)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two questions have the name {twice[0]}; names tell their columns apart")
+    return tuple(zip(names, [text for _, text in named], strict=True))
+
+
+def _named(line: str) -> tuple[str, str]:
+    match = _NAMED.fullmatch(line)
+    return (match[1], match[2]) if match else ("", line)
+
+
+def _choices(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    choices = tuple(one.strip() for one in text.split(","))
+    if "" in choices or len(choices) < 2 or len(set(choices)) < len(choices):
+        raise ConfigError(f"--choices {text!r}: give two or more different answers, e.g. yes,no,unclear")
+    return choices
+
+
+def _examples(how: GenerationArguments) -> tuple[Example, ...]:
+    """The solved cases of --examples. Raises ConfigError."""
+    selects = ("all", "random", "similar")
+    parse.choice("--examples-select", how.examples_select, selects)
+    count = parse.number("--num-examples", how.num_examples, 1)
+    if how.examples is None:
+        if how.examples_select != "all" or how.examples_embeddings:
+            raise ConfigError(f"--examples-select {how.examples_select}: there are no --examples to select from")
+        return ()
+    if how.examples_select == "similar" and not how.examples_embeddings:
+        raise ConfigError("--examples-select similar needs --examples-embeddings, made by: mmcli embed")
+    from mmcli.cli.examples import read_examples
+
+    examples = read_examples(str(how.examples), _MOST_EXAMPLES)
+    if how.examples_select != "all" and count > len(examples):
+        raise ConfigError(f"--num-examples {count}: {how.examples} has {len(examples)}")
+    return examples
