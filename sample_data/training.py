@@ -1,0 +1,191 @@
+"""What the training scripts of the sample models share: scenes as tensors, a good start, the training loop.
+
+A plain run of models this small stalls: CLIP near 70 % accuracy, BLIP's captions at 10 to 18 %. What lifts them past
+90 % is here: 2-D sine-cosine position embeddings to start from, a wider patch-embedding initialisation, and
+attribute heads on the picture's vector that help during training and are then thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import make_world as world
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.nn import functional
+from transformers import BertTokenizer
+
+# Each attribute's values in a fixed order; a picture's and a caption's attributes are indices into these.
+ATTRIBUTES: dict[str, tuple[object, ...]] = {
+    "colour": tuple(world.COLOURS),
+    "shape": world.SHAPES,
+    "size": world.SIZES,
+    "position": (None, *world.POSITIONS),
+    "background": tuple(world.BACKGROUNDS),
+    "count": tuple(world.NUMBERS),
+}
+UNSAID = -1
+
+
+def settle(seed: int, threads: int) -> None:
+    """Fix what a run depends on: the same seed and threads give the same weights on the same kind of CPU."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------- scenes
+
+
+def draw_scenes(count: int, split: str, seed: str) -> list[world.Scene]:
+    """Draw `count` scenes of a split ("train", "heldout" or "unseen"; see make_world.split_of)."""
+    rng = random.Random(seed)
+    return [world.random_scene(rng, split) for _ in range(count)]
+
+
+def attributes_of(scene: world.Scene) -> list[int]:
+    """Give a scene's attributes as indices into ATTRIBUTES."""
+    return [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
+
+
+def oblong(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """Continue the ground evenly on two sides, up to 3:2: a processor that squeezes to a square then shows less."""
+    more = rng.randrange(picture.width // 4 + 1)
+    sides = ((0, 0), (more, more), (0, 0)) if rng.random() < 0.5 else ((more, more), (0, 0), (0, 0))
+    return Image.fromarray(np.pad(np.asarray(picture), sides, mode="edge"))
+
+
+def render_set(scenes: Sequence[world.Scene], image_processor: Any, oblong_share: float = 0.0) -> torch.Tensor:
+    """Render scenes and preprocess them as a user's pictures will be: uint8 [N, 3, H, W], kept so until training.
+
+    `oblong_share` of the pictures are made wider or higher than a square.
+    """
+    plain = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    rng = random.Random("oblong")
+    done = []
+    for start in range(0, len(scenes), 256):
+        pictures = [world.render(scene) for scene in scenes[start : start + 256]]
+        if oblong_share:
+            pictures = [oblong(p, rng) if rng.random() < oblong_share else p for p in pictures]
+        pixels = image_processor(pictures, **plain)["pixel_values"]
+        done.append(pixels.round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(done)
+
+
+def normalise(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
+    """Do the image processor's last step on a batch of uint8 pictures."""
+    mean = torch.tensor(image_processor.image_mean).view(1, 3, 1, 1)
+    std = torch.tensor(image_processor.image_std).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def sine_positions(side: int, width: int) -> torch.Tensor:
+    """Make 2-D sine-cosine embeddings [side * side, width]: half of the width tells the row, half the column."""
+    quarter = width // 4
+    rates = torch.exp(-math.log(100.0) * torch.arange(quarter) / quarter)
+    angles = torch.arange(side)[:, None] * rates
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(side * side, width)
+
+
+@torch.no_grad()
+def start_vision(patch_weight: torch.Tensor, positions: torch.Tensor) -> None:
+    """Set a vision transformer's patch and position embeddings to a start that learns well.
+
+    `positions` is [..., P, width]; where P is one more than a square, the first belongs to the class token.
+    """
+    nn.init.normal_(patch_weight, std=0.06)
+    width = positions.shape[-1]
+    rows = positions.view(-1, width)
+    side = math.isqrt(len(rows))
+    rows[len(rows) - side * side :] = 0.5 * sine_positions(side, width)
+    rows[: len(rows) - side * side] = 0
+
+
+def word_tokenizer(texts: Iterable[str], **options: Any) -> BertTokenizer:
+    """Build BERT's own kind of tokenizer with every word of the texts as one token, and letters for other words.
+
+    [DEC] is the start token of BLIP's decoder, as in its released checkpoints.
+    """
+    words = {word for text in texts for word in text.lower().replace("?", " ? ").replace(".", " . ").split()}
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    symbols = [*special, *letters, *(f"##{letter}" for letter in letters), *".,?!'-", *sorted(words)]
+    vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
+    return BertTokenizer(vocab=vocabulary, bos_token="[DEC]", **options)
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class AttributeHeads(nn.Module):
+    """Linear read-outs of every attribute from a picture's (or a text's) vector; used in training only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, len(values)) for values in ATTRIBUTES.values())
+
+    def forward(self, vectors: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+        """Add the attributes' cross-entropies, skipping what was left UNSAID; facts are [N, attributes]."""
+        losses = []
+        for head, target in zip(self.heads, facts.T, strict=True):
+            if (target != UNSAID).any():
+                losses.append(functional.cross_entropy(head(vectors), target, ignore_index=UNSAID))
+        return torch.stack(losses).sum()
+
+
+def fit(
+    modules: Sequence[nn.Module], step_loss: Callable[[float], torch.Tensor], steps: int, rate: float = 1.5e-3
+) -> None:
+    """Train modules in place by AdamW with a one-cycle rate.
+
+    `step_loss` gets the share of the run that is done, 0 to 1, and gives the next batch's loss.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    for module in modules:
+        module.train()
+    started = time.monotonic()
+    for step in range(steps):
+        loss = step_loss(step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step:5d}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
+    for module in modules:
+        module.eval()
+
+
+def help_weight(done: float) -> float:
+    """How much the attribute heads' loss counts: they lead at first and keep a small part to the end."""
+    return max(0.1, 0.5 - done)
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def upright(path: Path) -> Image.Image:
+    """Open a picture as a viewer shows it: turned as its EXIF says, transparency on white, in RGB."""
+    with Image.open(path) as picture:
+        turned = ImageOps.exif_transpose(picture)
+        if turned.mode == "RGBA":
+            turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+        return turned.convert("RGB")
