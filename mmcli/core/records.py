@@ -111,7 +111,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A text that a model has written, and what tells whether to trust it.
+    """A text that a model has written, and what tells whether to trust it. None: a server does not say.
 
     text           without the prompt and special tokens
     finish_reason  "stop": the model ended it; "length": it was cut at the limit
@@ -123,8 +123,8 @@ class Generated:
 
     text: str
     finish_reason: Literal["stop", "length"]
-    n_tokens: int
-    mean_logprob: float
+    n_tokens: int | None
+    mean_logprob: float | None
     repetition: bool
 
 
@@ -132,12 +132,12 @@ class Generated:
 class Scored:
     """An answer out of a known set.
 
-    score  its probability; NaN where the scores are not finite
+    score  its probability; NaN where the scores are not finite; None: a server does not say
     top_k  the likeliest answers with theirs, the best first: the first is `answer`
     """
 
     answer: str
-    score: float
+    score: float | None
     top_k: tuple[tuple[str, float], ...]
 
 

@@ -13,12 +13,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmcli.core.records import Generated, Sample
+from mmcli.models.loops import has_loop
 from mmcli.models.options import Generation
 from mmcli.models.plan import GenerationPlan
 from mmcli.models.runner import Batch, TorchRunner, stack
-
-# A loop: a block of at most so many tokens, so many times in a row, over so many tokens at least.
-LOOP_BLOCK, LOOP_TIMES, LOOP_TOKENS = 8, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,20 +153,6 @@ def beam_logprobs(output: Any) -> torch.Tensor:
         chosen = logits.gather(1, tokens[:, step : step + 1])[:, 0]
         found.append((chosen - logits.logsumexp(dim=-1)).masked_fill(indices[:, step] < 0, 0.0))
     return torch.stack(found, dim=1)
-
-
-def has_loop(tokens: Sequence[int]) -> bool:
-    """Whether a block of 1 to 8 tokens comes three times or more in a row, over four tokens at least."""
-    ids = np.asarray(tokens)
-    for block in range(1, LOOP_BLOCK + 1):
-        wanted = max(LOOP_TIMES * block, LOOP_TOKENS) - block
-        if len(ids) < wanted + block:
-            continue
-        # A loop of that many tokens is a run of `wanted` tokens that equal those one block later.
-        same = np.concatenate([[0], np.cumsum(ids[block:] == ids[:-block])])
-        if (same[wanted:] - same[:-wanted] == wanted).any():
-            return True
-    return False
 
 
 def _seed(seed: int, sample: Sample) -> int:

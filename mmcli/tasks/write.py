@@ -27,15 +27,16 @@ class Kind:
 
 
 def _of_generated(one: Generated) -> tuple[Any, ...]:
-    if math.isnan(one.mean_logprob):
+    if one.mean_logprob is not None and math.isnan(one.mean_logprob):
         raise RowError("nonfinite", "the model gave NaN or infinite scores", stage="model")
     if not one.text.strip():
-        raise RowError("empty_output", f"no text among {one.n_tokens} tokens", stage="post")
+        among = "" if one.n_tokens is None else f" among {one.n_tokens} tokens"
+        raise RowError("empty_output", f"no text{among}", stage="post")
     return one.text, one.finish_reason, one.n_tokens, one.mean_logprob, one.repetition
 
 
 def _of_scored(one: Scored) -> tuple[Any, ...]:
-    if not math.isfinite(one.score):
+    if one.score is not None and not math.isfinite(one.score):
         raise RowError("nonfinite", "the model gave NaN or infinite scores", stage="model")
     return one.answer, one.score, [{"answer": answer, "score": score} for answer, score in one.top_k]
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from mmcli.cli.boundary import run
 from mmcli.core.errors import ConfigError, ModelError
 from mmcli.core.records import Generated
-from mmcli.models.generate import Trace, has_loop
+from mmcli.models.generate import Trace
+from mmcli.models.loops import has_loop
 from mmcli.models.options import Generation, ModelOptions
 from mmcli.models.plan import GenerationPlan
 from mmcli.models.resolve import resolve_writer
