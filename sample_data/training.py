@@ -1,7 +1,7 @@
 """What the training scripts of the sample models share: scenes as tensors, a good start, the training loop.
 
-A plain run of models this small stalls: CLIP near 70 % accuracy, BLIP's captions at 10 to 18 %. What lifts them past
-90 % is here: 2-D sine-cosine position embeddings to start from, a wider patch-embedding initialisation, and
+A plain run of models this small stalls: CLIP near 70 % accuracy, BLIP's captions at 10 to 18 %. What lifts
+them is here: 2-D sine-cosine position embeddings to start from, a wider patch-embedding initialisation, and
 attribute heads on the picture's vector that help during training and are then thrown away.
 """
 
