@@ -13,6 +13,7 @@ from mmcli.cli import parse
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import (
     EmbeddingArguments,
+    EndpointArguments,
     GenerationArguments,
     InputArguments,
     MessageArguments,
@@ -31,7 +32,7 @@ from mmcli.core.report import Report
 if TYPE_CHECKING:
     from mmcli.cli.prompting import Asked
     from mmcli.media.pool import Nursery
-    from mmcli.models.options import ModelOptions
+    from mmcli.models.options import Endpoint, ModelOptions
     from mmcli.sources.open import SourceOptions
 
 
@@ -154,10 +155,13 @@ class WritePlanner:
         self,
         arguments: Arguments,
         generation: GenerationArguments,
+        endpoint: EndpointArguments,
         read: Callable[[int, Problems], Asked | None],
     ) -> None:
         self._arguments, self._generation, self._read = arguments, generation, read
+        self._endpoint = endpoint
         self._asked: Asked | None = None
+        self._told: dict[str, Any] = {}
 
     def columns(self, problems: Problems) -> tuple[str, ...]:
         """Read what is asked: the columns that it names."""
@@ -174,6 +178,7 @@ class WritePlanner:
         options = _model_options(self._arguments, problems, "Salesforce/blip-image-captioning-base")
         if options is None:
             return None
+        options = replace(options, endpoint=_endpoint(self._endpoint, options.model, problems))
         asked = self._asked
         plan = problems.collect(resolve_writer, options, Generation() if asked is None else asked.generation)
         if plan is None or asked is None:
@@ -186,8 +191,8 @@ class WritePlanner:
 
             type_ = arrow_type(asked.schema)
         write = Write(task, column, plan.output, asked.names, type_)
-        told = {"exact_decode": options.exact_decode, "questions": ",".join(asked.names)}
-        return Planned(plan, write, told)
+        self._told |= {"exact_decode": options.exact_decode, "questions": ",".join(asked.names)}
+        return Planned(plan, write, self._told)
 
     def source(self, source: Source) -> Source:
         """With the examples that each record is shown."""
@@ -195,7 +200,24 @@ class WritePlanner:
             return source
         from mmcli.cli.examples import choose_examples
 
-        return choose_examples(source, self._asked.generation, self._generation)
+        chosen = choose_examples(source, self._asked.generation, self._generation)
+        self._told["examples"] = chosen.choice.identity
+        return chosen
+
+
+def _endpoint(endpoint: EndpointArguments, model: str, problems: Problems) -> Endpoint | None:
+    """The server that runs the model; None when none is named."""
+    from mmcli.models.endpoint import PREFIX
+    from mmcli.models.options import Endpoint
+
+    concurrency = problems.collect(parse.number, "--concurrency", endpoint.concurrency, 1)
+    retry_s = problems.collect(parse.duration, "--retry-time", endpoint.retry_time)
+    timeout_s = problems.collect(parse.duration, "--request-timeout", endpoint.request_timeout)
+    if endpoint.endpoint is None:
+        return None
+    if not model.startswith(PREFIX):
+        problems.add(f"--endpoint: -m {model} runs here; a model of the server is -m {PREFIX}{model}")
+    return Endpoint(endpoint.endpoint, concurrency or 1, retry_s or 0.0, timeout_s or 1.0)
 
 
 def _model_options(arguments: Arguments, problems: Problems, example: str) -> ModelOptions | None:
@@ -210,7 +232,7 @@ def _model_options(arguments: Arguments, problems: Problems, example: str) -> Mo
     if not model.model:
         problems.add(f"no model given; add -m MODEL, a local directory or a hub id ({example})")
         return None
-    if not model.model.startswith("fake:"):
+    if not model.model.startswith(("fake:", "openai:")):
         check_torch_trio()
     return ModelOptions(
         model=model.model,

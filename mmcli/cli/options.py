@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 INPUTS, MODEL, EMBEDDING, QUESTIONS, GENERATION = "Inputs", "Model", "Embedding", "Questions", "Generation"
-OUTPUT, RUN, MESSAGES = "Output", "Run", "Messages"
+ENDPOINT, OUTPUT, RUN, MESSAGES = "Endpoint", "Output", "Run", "Messages"
 
 
 def _option(panel: str, names: str, metavar: str | None, help: str, **more: Any) -> Any:
@@ -87,9 +87,9 @@ class InputArguments:
 class ModelArguments:
     """Which model, and how it runs."""
 
-    model: Annotated[str | None, _option(MODEL, "-m --model", "MODEL", "Hub id or local directory. Required.")] = (
-        None
-    )
+    model: Annotated[
+        str | None, _option(MODEL, "-m --model", "MODEL", "Hub id, local directory or openai:NAME. Required.")
+    ] = None
     revision: Annotated[str | None, _option(MODEL, "--revision", "REV", "Branch, tag or commit on the hub.")] = None
     device: Annotated[str, _option(MODEL, "--device", "DEVICE", "auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[
@@ -207,20 +207,24 @@ class GenerationArguments:
             GENERATION,
             "--examples-select",
             "HOW",
-            "all; or of each row random ones, or those most similar by --examples-embeddings.",
+            "all; or for each row random ones, or similar: nearest by --embeddings and --examples-embeddings.",
         ),
     ] = "all"
     num_examples: Annotated[
         str, _option(GENERATION, "--num-examples", "N", "How many a row gets, where they are selected.")
     ] = "4"
-    examples_embeddings: Annotated[
-        list[Path] | None,
+    embeddings: Annotated[
+        Path | None,
         _option(
             GENERATION,
-            "--examples-embeddings",
+            "--embeddings",
             "FILE",
-            "Outputs of mmcli embed for the examples and the inputs, found by id. Repeatable.",
+            "The inputs' vectors, for --examples-select similar: a Parquet of embed.",
         ),
+    ] = None
+    examples_embeddings: Annotated[
+        Path | None,
+        _option(GENERATION, "--examples-embeddings", "FILE", "The examples' vectors, of the same model."),
     ] = None
     max_new_tokens: Annotated[
         str,
@@ -240,6 +244,29 @@ class GenerationArguments:
             GENERATION, "--temperature", "T", "Above 0: draw tokens; --seed and the row's input alone decide which."
         ),
     ] = "0"
+
+
+@dataclass(frozen=True)
+class EndpointArguments:
+    """A server that runs the model."""
+
+    endpoint: Annotated[
+        str | None,
+        _option(
+            ENDPOINT,
+            "--endpoint",
+            "URL",
+            "Of an OpenAI-compatible server, e.g. http://localhost:8000/v1, for -m openai:NAME.",
+        ),
+    ] = None
+    concurrency: Annotated[str, _option(ENDPOINT, "--concurrency", "N", "Requests under way at most.")] = "8"
+    retry_time: Annotated[
+        str,
+        _option(ENDPOINT, "--retry-time", "TIME", "A server that is away or busy so long ends the run, exit 75."),
+    ] = "2m"
+    request_timeout: Annotated[
+        str, _option(ENDPOINT, "--request-timeout", "TIME", "An answer that takes longer is asked for again.")
+    ] = "10m"
 
 
 @dataclass(frozen=True)

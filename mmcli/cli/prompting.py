@@ -184,11 +184,15 @@ def _examples(how: GenerationArguments) -> tuple[Example, ...]:
     parse.choice("--examples-select", how.examples_select, selects)
     count = parse.number("--num-examples", how.num_examples, 1)
     if how.examples is None:
-        if how.examples_select != "all" or how.examples_embeddings:
+        if how.examples_select != "all":
             raise ConfigError(f"--examples-select {how.examples_select}: there are no --examples to select from")
         return ()
-    if how.examples_select == "similar" and not how.examples_embeddings:
-        raise ConfigError("--examples-select similar needs --examples-embeddings, made by: mmcli embed")
+    given = how.embeddings is not None and how.examples_embeddings is not None
+    if how.examples_select == "similar" and not given:
+        raise ConfigError(
+            "--examples-select similar needs --embeddings and --examples-embeddings: "
+            "mmcli embed of the inputs and of the examples, with one model"
+        )
     from mmcli.cli.examples import read_examples
 
     examples = read_examples(str(how.examples), _MOST_EXAMPLES)

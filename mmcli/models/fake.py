@@ -127,7 +127,9 @@ class FakeWriterProcessor:
 
     def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
         """`vector`: see `asked_vector`; that of the medium itself when it is alone, without a prompt."""
-        asked = zip(self.prompts.render(variables), repeat(self.prompts.system(variables)))
+        shown = [(one.question, one.answer) for one in self.prompts.examples(variables)]
+        told = repr((self.prompts.system(variables), shown)) if shown else self.prompts.system(variables)
+        asked = zip(self.prompts.render(variables), repeat(told))
         samples = [self.one(modality, payload) for modality, payload in media]
         length = sum(sample.length for sample in samples)
         vectors = [sample.arrays["vector"] for sample in samples]

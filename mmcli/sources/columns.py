@@ -114,7 +114,9 @@ def select(options: SourceOptions, columns: Sequence[Column], manifest: str, emp
         by_name = {name: Column(name, "unknown", "any") for name in given if name}
     media = _chosen_media(options, by_name, manifest, problems)
     if not media and not problems:
-        media = () if empty else _guess(columns, manifest, problems)
+        # A column that prompts name is no medium, as long as there is another.
+        others = [c for c in columns if c.name not in options.variables]
+        media = () if empty else _guess(others or columns, manifest, problems)
     _check_id(options.id_column, by_name, manifest, problems)
     keep = _chosen_keep(options.keep, by_name, manifest, problems)
     for name in options.variables:
