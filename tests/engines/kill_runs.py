@@ -56,12 +56,14 @@ class Tally:
 class Trial:
     """One command, killed at random moments of its life, then left to finish."""
 
-    def __init__(self, folder: Path, inputs: Path, name: str, seed: int, workers: int) -> None:
+    def __init__(
+        self, folder: Path, inputs: Path, name: str, seed: int, workers: int, task: tuple[str, ...]
+    ) -> None:
         self.folder, self.name = folder, name
         self.rng = random.Random(seed)
         folder.mkdir()
         self.command = [
-            *[sys.executable, "-m", "mmcli", "embed", "texts.jsonl", "media", "-m", "fake:8,ms=10"],
+            *[sys.executable, "-m", "mmcli", *task, "texts.jsonl", "media", "-m", "fake:8,ms=10"],
             *["-o", str(folder / name), "--batch-size", "8", "--part-rows", str(self.rng.choice([9, 23, 50]))],
             *["--num-workers", str(workers)],
         ]
@@ -137,10 +139,17 @@ def differences(found: bytes, wanted: bytes) -> str:
     return "\n".join(f"{a}\n{b}" for a, b in zip_longest(*pairs) if a != b)
 
 
-def torture(folder: Path, names: list[str], kills: int, seed: int, workers_of: tuple[int, ...] = (0,)) -> Tally:
+def torture(
+    folder: Path,
+    names: list[str],
+    kills: int,
+    seed: int,
+    workers_of: tuple[int, ...] = (0,),
+    task: tuple[str, ...] = ("embed",),
+) -> Tally:
     """At least `kills` signals to runs of all `names`; each output must be that of an undisturbed run.
 
-    `workers_of`: numbers of decode workers that trials take in turn.
+    `workers_of`: numbers of decode workers that trials take in turn; `task`: the command and its own options.
     """
     rng = random.Random(seed)
     inputs = folder / "inputs"
@@ -149,7 +158,7 @@ def torture(folder: Path, names: list[str], kills: int, seed: int, workers_of: t
     complete, life = {}, {}
     for name in names:
         for workers in set(workers_of):
-            reference = Trial(folder / f"{name}-{workers}", inputs, name, seed, workers)
+            reference = Trial(folder / f"{name}-{workers}", inputs, name, seed, workers, task)
             life[name, workers] = reference.finish()
             complete.setdefault(name, reference.content())
             assert reference.content() == complete[name]
@@ -157,7 +166,7 @@ def torture(folder: Path, names: list[str], kills: int, seed: int, workers_of: t
     trial = 0
     while tally.kills.total() < kills:
         name, workers = names[trial % len(names)], workers_of[trial // len(names) % len(workers_of)]
-        run = Trial(folder / f"trial{trial}", inputs, name, seed + trial, workers)
+        run = Trial(folder / f"trial{trial}", inputs, name, seed + trial, workers, task)
         for _ in range(rng.randint(1, 3)):
             if not run.kill(life[name, workers], tally, complete[name]):
                 break

@@ -8,11 +8,24 @@ import pytest
 from kill_runs import torture
 
 NAMES = ["out.parquet", "out.jsonl"]
+ASK = ("ask", "-q", "what is it?", "-q", "why=and why?", "--system", "be short", "--temperature", "0.5")
 
 
 def test_a_few_signals(tmp_path: Path) -> None:
     tally = torture(tmp_path, NAMES, kills=6, seed=1)
     assert tally.kills.total() >= 6
+
+
+def test_a_few_signals_to_answers(tmp_path: Path) -> None:
+    tally = torture(tmp_path, NAMES, kills=4, seed=2, task=ASK)
+    assert tally.kills.total() >= 4
+
+
+@pytest.mark.slow
+def test_sixty_signals_to_answers(tmp_path: Path) -> None:
+    tally = torture(tmp_path, NAMES, kills=60, seed=2000, workers_of=(0, 0, 0, 1), task=ASK)
+    print(dict(tally.kills), dict(tally.found), *tally.tracebacks)
+    assert tally.kills.total() >= 60
 
 
 @pytest.mark.slow
