@@ -185,12 +185,7 @@ class WritePlanner:
             return None
         task = asked.generation.task
         column = "caption" if task == "caption" else "answer"
-        type_ = None
-        if asked.schema is not None:
-            from mmcli.core.schema import arrow_type
-
-            type_ = arrow_type(asked.schema)
-        write = Write(task, column, plan.output, asked.names, type_)
+        write = Write(task, column, plan.output, asked.names, asked.schema)
         self._told |= {"exact_decode": options.exact_decode, "questions": ",".join(asked.names)}
         return Planned(plan, write, self._told)
 

@@ -98,7 +98,8 @@ def choose_examples(source: Source, generation: Generation, how: GenerationArgum
 class ExampleChoice(Protocol):
     """Which examples records are shown. `identity`: what tells this choice from others, for the fingerprint."""
 
-    identity: str
+    @property
+    def identity(self) -> str: ...
 
     def start(self, row: int) -> Callable[[Record], tuple[int, ...]]:
         """For the records from `row` on, in order: indices, the best one last. What it gives raises RowError."""

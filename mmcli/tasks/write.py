@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from mmcli.core.errors import RowError
 from mmcli.core.records import Generated, Modality, Record, Result, Scored
+from mmcli.core.refusal import is_refusal
+from mmcli.core.schema import arrow_type, validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ def _of_generated(one: Generated) -> tuple[Any, ...]:
     if not one.text.strip():
         among = "" if one.n_tokens is None else f" among {one.n_tokens} tokens"
         raise RowError("empty_output", f"no text{among}", stage="post")
-    return one.text, one.finish_reason, one.n_tokens, one.mean_logprob, one.repetition
+    refusal = is_refusal(one.text)
+    return one.text, one.finish_reason, one.n_tokens, one.mean_logprob, one.repetition, refusal
 
 
 def _of_scored(one: Scored) -> tuple[Any, ...]:
@@ -41,17 +44,18 @@ def _of_scored(one: Scored) -> tuple[Any, ...]:
     return one.answer, one.score, [{"answer": answer, "score": score} for answer, score in one.top_k]
 
 
+_TRUST = {
+    "finish_reason": pa.string(),
+    "n_tokens": pa.int32(),
+    "mean_logprob": pa.float32(),
+    "repetition": pa.bool_(),
+    "refusal": pa.bool_(),
+}
+
 # What a plan's `output` says -> what becomes of it.
 KINDS = {
-    "text": Kind(
-        {
-            "finish_reason": pa.string(),
-            "n_tokens": pa.int32(),
-            "mean_logprob": pa.float32(),
-            "repetition": pa.bool_(),
-        },
-        _of_generated,
-    ),
+    "text": Kind(_TRUST, _of_generated),
+    "json": Kind(_TRUST, _of_generated),
     "scores": Kind(
         {
             "score": pa.float32(),
@@ -70,18 +74,22 @@ class Write:
     column     of the text: "caption" or "answer"
     kind       one of KINDS
     questions  names that begin the columns of each, `colour_answer`; ("",) for one question: `answer`
-    type       Arrow type of the text's column; other than a string: its text is JSON of that
+    schema     the JSON Schema of every text; the column is of the Arrow type that fits it, or its JSON text
     """
 
     name: str
     column: str
     kind: str = "text"
     questions: tuple[str, ...] = ("",)
-    type: pa.DataType | None = None
+    schema: dict[str, Any] | None = None
+
+    @property
+    def _type(self) -> pa.DataType | None:
+        return None if self.schema is None else arrow_type(self.schema)
 
     def fields(self, slots: Sequence[str]) -> list[pa.Field]:
         """The columns of every question; the media of a record are read together, so slots have none."""
-        columns = {self.column: self.type or pa.string(), **KINDS[self.kind].columns}
+        columns = {self.column: self._type or pa.string(), **KINDS[self.kind].columns}
         return [
             pa.field(f"{question}_{name}" if question else name, kind)
             for question in self.questions
@@ -96,10 +104,17 @@ class Write:
         try:
             for output in outputs:
                 text, *others = KINDS[self.kind].values(output)
-                values += [text if self.type is None else json.loads(text), *others]
+                values += [self._value(text, output), *others]
         except RowError as error:
             return Result(record, modalities[0], error=error)
         return Result(record, modalities[0], values=tuple(values))
+
+    def _value(self, text: str, output: Generated | Scored) -> Any:
+        """What the text's column holds: a text, or what the schema says. Raises RowError `invalid_output`."""
+        if self.schema is None:
+            return text
+        value = validate(text, self.schema, cut=getattr(output, "finish_reason", None) == "length")
+        return json.dumps(value, ensure_ascii=False) if self._type is None else value
 
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
         """One array per column; null where the result is an error."""
