@@ -24,6 +24,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from torch.nn import functional
+from training import ATTRIBUTES, UNSAID, AttributeHeads, attributes_of, normalise, render_set, start_vision
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 IMAGE_SIZE = 64
@@ -47,24 +48,9 @@ TEMPLATES = (
     "there is a {} in the picture",
     "the {}",
 )
-# Each attribute's values in a fixed order; a picture's and a caption's attributes are indices into these.
-ATTRIBUTES: dict[str, tuple[object, ...]] = {
-    "colour": tuple(world.COLOURS),
-    "shape": world.SHAPES,
-    "size": world.SIZES,
-    "position": (None, *world.POSITIONS),
-    "background": tuple(world.BACKGROUNDS),
-    "count": tuple(world.NUMBERS),
-}
-UNSAID = -1
 
 
 # --------------------------------------------------------------------------------------------- captions
-
-
-def attributes_of(scene: world.Scene) -> list[int]:
-    """Give a scene's attributes as indices."""
-    return [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
 
 
 def varied_caption(scene: world.Scene, rng: random.Random) -> tuple[str, list[int]]:
@@ -188,43 +174,11 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH, **special))
     embeddings = model.vision_model.embeddings
-    with torch.no_grad():
-        nn.init.normal_(embeddings.patch_embedding.weight, std=0.06)
-        grid = sine_positions(IMAGE_SIZE // PATCH_SIZE, WIDTH)
-        embeddings.position_embedding.weight[1:] = 0.5 * grid
-        embeddings.position_embedding.weight[0] = 0
+    start_vision(embeddings.patch_embedding.weight, embeddings.position_embedding.weight)
     return model
 
 
-def sine_positions(side: int, width: int) -> torch.Tensor:
-    """Make 2-D sine-cosine embeddings: half of the width tells the row, half the column."""
-    quarter = width // 4
-    rates = torch.exp(-math.log(100.0) * torch.arange(quarter) / quarter)
-    angles = torch.arange(side)[:, None] * rates
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], dim=2).reshape(side * side, width)
-
-
 # --------------------------------------------------------------------------------------------- training
-
-
-def render_set(scenes: Sequence[world.Scene], processor: CLIPProcessor) -> torch.Tensor:
-    """Render scenes and preprocess them as a user's pictures will be, kept as uint8 until training."""
-    plain = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
-    done = []
-    for start in range(0, len(scenes), 256):
-        pictures = [world.render(scene) for scene in scenes[start : start + 256]]
-        pixels = processor.image_processor(pictures, **plain)["pixel_values"]
-        done.append(pixels.round().clamp(0, 255).to(torch.uint8))
-    return torch.cat(done)
-
-
-def normalise(pixels: torch.Tensor, processor: CLIPProcessor) -> torch.Tensor:
-    """Do the processor's last step on a batch of uint8 pictures."""
-    mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
-    std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
-    return (pixels.float() / 255 - mean) / std
 
 
 def contrastive_loss(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
@@ -235,25 +189,6 @@ def contrastive_loss(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
     return (to_text.mean() + to_image.mean()) / 2
 
 
-class AttributeHeads(nn.Module):
-    """Linear read-outs of every attribute from the shared space; used in training only.
-
-    Pictures and texts share the heads, so that both put an attribute in the same directions.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, len(values)) for values in ATTRIBUTES.values())
-
-    def forward(self, vectors: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
-        """Add the attributes' cross-entropies, skipping what was left unsaid."""
-        losses = []
-        for head, target in zip(self.heads, facts.T, strict=True):
-            if (target != UNSAID).any():
-                losses.append(functional.cross_entropy(head(10 * vectors), target, ignore_index=UNSAID))
-        return torch.stack(losses).sum()
-
-
 class Batches:
     """Seeded batches: pictures rendered once, captions written anew each time."""
 
@@ -261,7 +196,7 @@ class Batches:
         self.rng = random.Random(f"batches {seed}")
         self.scenes = [world.random_scene(self.rng) for _ in range(scenes)]
         self.processor, self.size = processor, size
-        self.pixels = render_set(self.scenes, processor)
+        self.pixels = render_set(self.scenes, processor.image_processor)
         self.facts = torch.tensor([attributes_of(scene) for scene in self.scenes])
 
     def draw(self) -> dict[str, torch.Tensor]:
@@ -272,7 +207,7 @@ class Batches:
         pixels = self.pixels[chosen]
         return {
             **tokens,
-            "pixel_values": normalise(pixels, self.processor),
+            "pixel_values": normalise(pixels, self.processor.image_processor),
             "facts": self.facts[chosen],
             "stated": torch.tensor(stated),
         }
@@ -290,7 +225,9 @@ def batch_loss(
     scale = model.logit_scale.exp()
     logits = scale * out.image_embeds.float() @ out.text_embeds.float().T
     loss = contrastive_loss(logits, fits)
-    return loss + help_weight * (heads(out.image_embeds.float(), facts) + heads(out.text_embeds.float(), stated))
+    # Pictures and texts share the heads, so that both put an attribute in the same directions.
+    helped = heads(10 * out.image_embeds.float(), facts) + heads(10 * out.text_embeds.float(), stated)
+    return loss + help_weight * helped
 
 
 def train(model: CLIPModel, batches: Batches, steps: int) -> None:
