@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmcli.cli.options import (
+    EndpointArguments,
     GenerationArguments,
     InputArguments,
     MessageArguments,
@@ -18,6 +19,7 @@ from mmcli.cli.options import (
 def ask(
     inputs: InputArguments,
     model: ModelArguments,
+    endpoint: EndpointArguments,
     questions: QuestionArguments,
     generation: GenerationArguments,
     output: OutputArguments,
@@ -39,6 +41,9 @@ def ask(
 
     arguments = Arguments(inputs, model, output, run, messages)
     planner = WritePlanner(
-        arguments, generation, lambda seed, problems: read_questions(questions, generation, seed, problems)
+        arguments,
+        generation,
+        endpoint,
+        lambda seed, problems: read_questions(questions, generation, seed, problems),
     )
     return execute(arguments, planner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmcli.cli.options import (
     CaptionArguments,
+    EndpointArguments,
     GenerationArguments,
     InputArguments,
     MessageArguments,
@@ -18,6 +19,7 @@ from mmcli.cli.options import (
 def caption(
     inputs: InputArguments,
     model: ModelArguments,
+    endpoint: EndpointArguments,
     captions: CaptionArguments,
     generation: GenerationArguments,
     output: OutputArguments,
@@ -39,6 +41,6 @@ def caption(
 
     arguments = Arguments(inputs, model, output, run, messages)
     planner = WritePlanner(
-        arguments, generation, lambda seed, problems: read_caption(captions, generation, seed, problems)
+        arguments, generation, endpoint, lambda seed, problems: read_caption(captions, generation, seed, problems)
     )
     return execute(arguments, planner)

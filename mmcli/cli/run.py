@@ -178,6 +178,8 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
 
 
 def _auto_batch_size(prepared: Prepared) -> int:
+    if (wanted := getattr(prepared.planned.plan, "batch_size", None)) is not None:
+        return int(wanted)
     device = prepared.arguments.model.device
     if (prepared.arguments.model.model or "").startswith("fake:"):
         device = "cpu"
@@ -191,7 +193,9 @@ def _auto_batch_size(prepared: Prepared) -> int:
 def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
     from mmcli.engines.batching import window_rows
 
-    # Prompts vary with the columns that they name.
+    # Prompts vary with the columns that they name; to a server lengths do not matter.
+    if hasattr(prepared.planned.plan, "batch_size"):
+        return batch_size
     fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"} and not prepared.variables
     return window_rows(batch_size, lengths_vary=not fixed)
 

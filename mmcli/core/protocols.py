@@ -153,10 +153,14 @@ class Runner(Protocol):
 
 
 class Pending(Protocol):
-    """Outputs that a device is still computing."""
+    """Outputs that a device is still computing, or a server.
 
-    def result(self) -> np.ndarray:
-        """Wait for them: float32 [n, D]. Raises as `Runner.forward` does."""
+    Where that can take more than a second, it has a method `wait(timeout: float) -> bool`: are they there, or has
+    it failed, within so many seconds?
+    """
+
+    def result(self) -> Sequence[Any] | np.ndarray:
+        """Wait for them: one per sample, as `Runner.forward` returns them, and raises."""
         ...
 
 

@@ -33,6 +33,8 @@ READY_BATCHES = 2
 IDLE_S = 0.05
 # New objects after which cycles are looked for.
 GC_OBJECTS = 20_000
+# How long the main thread waits for one thing before it looks whether it is to stop.
+POLL_S = 0.1
 # Windows that wait until it is known whether their failed inputs or the model is at fault.
 MAX_HELD = 32
 
@@ -262,9 +264,12 @@ class _Run:
         """Where the device computes while the host goes on, the next batch is started before one is waited for."""
         in_work: tuple[_Ready, Launched] | None = None
         while not self.ended:
-            ready = self._next(wait=in_work is None)
+            ready = self._next(None if in_work is None else in_work[1])
             launched = None if ready is None or ready.collated is None else forward.launch(ready.collated)
             if in_work is not None:
+                with self.report.timed("forward"):
+                    while not _done(in_work[1], POLL_S):
+                        self._check_stop()
                 self._complete(in_work[0], forward.finish(in_work[1]), forward, writer)
                 in_work = None
             if ready is not None and launched is not None and launched.pending:
@@ -275,24 +280,25 @@ class _Run:
         forward.settle(at_end=True)
         self._release_held(writer)
 
-    def _next(self, wait: bool) -> _Ready | None:
-        """The next batch; None when there is none at the moment, or no more (`ended`)."""
+    def _next(self, in_work: Launched | None) -> _Ready | None:
+        """The next batch; None when what is in work is done before, or there are no more (`ended`)."""
         start = time.perf_counter()
         try:
             while True:
                 self._check_stop()
+                done = in_work is not None and _done(in_work, 0)
                 try:
-                    item = self.ready.get(timeout=0.1) if wait else self.ready.get_nowait()
+                    item = self.ready.get_nowait() if done else self.ready.get(timeout=POLL_S)
                 except queue.Empty:
-                    if wait:
-                        continue
-                    return None
+                    if done:
+                        return None
+                    continue
                 if isinstance(item, BaseException):
                     raise item
                 self.ended = item is None
                 return item
         finally:
-            self.report.add("wait", time.perf_counter() - start)
+            self.report.add("wait" if in_work is None else "forward", time.perf_counter() - start)
 
     def _complete(self, ready: _Ready, outputs: Sequence[Any], forward: Forward, writer: PartWriter) -> None:
         window = ready.window
@@ -320,3 +326,9 @@ class _Run:
         limit = self.options.time_limit_s
         if limit is not None and self.report.wall_s > limit:
             raise TryAgain(f"--time-limit of {limit:g} s reached", hint="run the same command again to go on")
+
+
+def _done(launched: Launched, timeout: float) -> bool:
+    """Whether its outputs are there within `timeout` seconds, or are best waited for in one go: a device's."""
+    outputs = launched.outputs
+    return not hasattr(outputs, "wait") or bool(outputs.wait(timeout))

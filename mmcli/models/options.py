@@ -77,10 +77,26 @@ def _described(example: Example) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server and how it is asked. Nothing but `url` can change a row.
+
+    url          of an OpenAI-compatible API: http://localhost:8000/v1
+    concurrency  requests under way at most
+    retry_s      so long the server may be away, or busy for every request
+    timeout_s    so long it may take for one answer
+    """
+
+    url: str
+    concurrency: int = 8
+    retry_s: float = 120.0
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelOptions:
     """Unresolved options of one model.
 
-    model                hub id, local directory, or `fake:...` (see mmcli.models.fake)
+    model                hub id, local directory, `openai:NAME` (see mmcli.models.endpoint) or `fake:...`
     revision             branch, tag or commit on the hub
     device, dtype        "auto" or a name
     pooling              how an encoder's tokens become one vector; None: as the checkpoint says
@@ -92,6 +108,7 @@ class ModelOptions:
     trust_remote_code    run Python code that comes with the checkpoint
     allow_pickle         load weights that are not safetensors
     exact_decode         decode large JPEGs at full size
+    endpoint             the server that runs `openai:NAME`
     """
 
     model: str
@@ -107,3 +124,4 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     exact_decode: bool = False
+    endpoint: Endpoint | None = None
