@@ -375,9 +375,9 @@ def sample_sounds() -> Iterator[tuple[str, str, str, str]]:
         yield f"{index:02d}-{pitch}-{manner}-{timbre.replace(' ', '-')}.{ending}", pitch, manner, timbre
 
 
-def synthesise(pitch: str, manner: str, timbre: str) -> np.ndarray:
-    """Make a mono sound of int16 samples at 16 kHz, half a second to a second long."""
-    rng = random.Random(f"{pitch} {manner} {timbre}")
+def synthesise(pitch: str, manner: str, timbre: str, rng: random.Random | None = None) -> np.ndarray:
+    """Make a mono sound of int16 samples at 16 kHz, half a second to a second long; `rng` draws another one."""
+    rng = rng or random.Random(f"{pitch} {manner} {timbre}")
     samples = int(RATE * rng.uniform(0.5, 0.9))
     hertz = PITCHES[pitch] * rng.uniform(0.97, 1.03)
     time = np.arange(samples) / RATE
