@@ -6,32 +6,32 @@ import base64
 import io
 import json
 import wave
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import orjson
 
-from mmcli.core.errors import RowError
-from mmcli.core.records import Audio, Modality, Payload, Sample, Video
+from mmcli.core.errors import ModelError, RowError
+from mmcli.core.records import Audio, Media, Modality, Payload, Sample, Video
 from mmcli.models.options import Generation
-from mmcli.models.prompts import Prompts, joint_modality
+from mmcli.models.prompts import Prompts, default_prompt, joint_modality
 
 # Pictures of at most so many pixels are sent as PNG, which changes nothing: 200 ms and 2 MB of base64 a megapixel.
 # Larger ones, which models shrink, as JPEG: 12 ms and 0.5 MB. On photos, 50 dB from the original, and 54 dB (the
 # same as JPEGs that are decoded at reduced scale, which is 53) once shrunk to a side of 384.
 LOSSLESS_PIXELS = 1024 * 1024
 JPEG_QUALITY = 95
-# What captions are asked for by default.
-CAPTION_PROMPTS = {
-    "image": "Describe this image.",
-    "video": "Describe this video.",
-    "audio": "Describe this sound.",
-    "text": "Describe this text.",
-}
+# Media of solved examples that are kept as they are sent, where each record has its own.
+_KEPT_EXAMPLES = 64
 # The field that holds one of `--choices` in the JSON that a server is asked for.
 CHOICE_FIELD = "answer"
+
+Decoded = tuple[Modality, Payload]
+# A part of a message: {"type": "text", ...}
+Part = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +111,55 @@ class EndpointProcessor:
     def __init__(self, generation: Generation, lossless: bool) -> None:
         self._generation, self._lossless = generation, lossless
         self._prompts = Prompts(generation)
+        self._shown: Callable[[int], list[Part]] = lambda number: []
 
-    def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
-        """One request for each question: the system's message, then one of the user: the media and the question."""
-        modality = joint_modality(media)
-        parts = [part for kind, payload in media for part in self._parts(kind, payload)]
+    def show(self, decode: Callable[[Media], Decoded]) -> None:
+        """How the media of solved examples are decoded. Raises ModelError for one that cannot be."""
+
+        def shown(number: int) -> list[Part]:
+            return self._all_parts([decode(one) for one in self._generation.examples[number].media])
+
+        self._shown = lru_cache(_KEPT_EXAMPLES)(shown)
+        if not self._generation.chosen:
+            # All records are shown all: while they are few, once and for all, and errors at once.
+            self._shown = [
+                self._checked(shown, number) for number in range(len(self._generation.examples))
+            ].__getitem__
+
+    def record(self, media: Sequence[Decoded], variables: Sequence[Any]) -> tuple[Sample, ...]:
+        """One request for each question: the system's message, solved examples, the media and the question."""
+        modality, parts = joint_modality(media), self._all_parts(media)
         system = self._prompts.system(variables)
         before = [] if system is None else [{"role": "system", "content": system}]
-        return tuple(
-            Sample(modality, {"request": _array([*before, _user(parts, self._asked(prompt, media))])})
-            for prompt in self._prompts.render(variables)
-        )
+        samples = []
+        for prompt in self._prompts.render(variables):
+            question = default_prompt(media) if prompt is None else prompt
+            turns = [turn for number in self._numbers(variables) for turn in self._turns(number, question)]
+            messages = [*before, *turns, _user(parts, self._told(question))]
+            samples.append(Sample(modality, {"request": _array(messages)}))
+        return tuple(samples)
 
-    def _parts(self, modality: Modality, payload: Payload) -> Iterator[dict[str, Any]]:
+    def _checked(self, shown: Callable[[int], list[Part]], number: int) -> list[Part]:
+        try:
+            return shown(number)
+        except RowError as error:
+            raise ModelError(f"--examples: row {number + 1}: {error.code}: {error.message}") from error
+
+    def _numbers(self, variables: Sequence[Any]) -> Sequence[int]:
+        """Which of the Generation's examples a record is shown."""
+        return variables[-1] if self._generation.chosen else range(len(self._generation.examples))
+
+    def _turns(self, number: int, question: str) -> Iterator[dict[str, Any]]:
+        """A solved example, as a question and its answer."""
+        example = self._generation.examples[number]
+        yield _user(self._shown(number), self._told(example.question or question))
+        answer = json.dumps({CHOICE_FIELD: example.answer}, ensure_ascii=False)
+        yield {"role": "assistant", "content": answer if self._generation.choices else example.answer}
+
+    def _all_parts(self, media: Sequence[Decoded]) -> list[Part]:
+        return [part for modality, payload in media for part in self._parts(modality, payload)]
+
+    def _parts(self, modality: Modality, payload: Payload) -> Iterator[Part]:
         if isinstance(payload, str):
             yield {"type": "text", "text": payload}
         elif isinstance(payload, Audio):
@@ -135,9 +171,8 @@ class EndpointProcessor:
             kind, data = picture(payload, self._lossless)
             yield {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{_base64(data)}"}}
 
-    def _asked(self, prompt: str | None, media: Sequence[tuple[Modality, Payload]]) -> str:
-        """The prompt, and how to answer: not every server tells its model of the form that it asks for."""
-        text = CAPTION_PROMPTS[media[0][0]] if prompt is None else prompt
+    def _told(self, text: str) -> str:
+        """A question, and how to answer: not every server tells its model of the form that it is asked for."""
         if self._generation.choices:
             names = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in self._generation.choices)
             return f'{text}\nAnswer in JSON: {{"{CHOICE_FIELD}": ...}}, where ... is one of: {names}.'
@@ -172,7 +207,7 @@ def wav(sound: Audio) -> bytes:
     return file.getvalue()
 
 
-def _user(parts: Sequence[dict[str, Any]], prompt: str) -> dict[str, Any]:
+def _user(parts: Sequence[Part], prompt: str) -> dict[str, Any]:
     content: Any = [*parts, {"type": "text", "text": prompt}]
     if all(part["type"] == "text" for part in parts):
         # Servers of text models may know no parts.

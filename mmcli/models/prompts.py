@@ -10,6 +10,20 @@ from mmcli.core.records import Modality
 from mmcli.core.template import Template
 from mmcli.models.options import Example, Generation
 
+# What a chat model is asked without --prompt, by the first of these that a record holds.
+DEFAULT_PROMPTS: dict[Modality, str] = {
+    "video": "Describe this video in one sentence.",
+    "image": "Describe this image in one sentence.",
+    "audio": "Describe this sound in one sentence.",
+    "text": "Summarize this text in one sentence.",
+}
+
+
+def default_prompt(media: Sequence[tuple[Modality, Any]]) -> str:
+    """What a chat model is asked of a record without --prompt."""
+    held = {modality for modality, _ in media}
+    return next(text for modality, text in DEFAULT_PROMPTS.items() if modality in held)
+
 
 class Prompts:
     """The texts of a Generation, parsed; made in a decode worker."""

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmcli.core.errors import ConfigError, ModelError, RowError, TryAgain
-from mmcli.core.records import Audio, Generated, Sample, Scored, Video
+from mmcli.core.records import Audio, Generated, Media, Sample, Scored, Video
 from mmcli.models import endpoint_client
 from mmcli.models.endpoint import EndpointPlan, resolve_endpoint
 from mmcli.models.endpoint_answer import AnswerReader
-from mmcli.models.options import Endpoint, Generation, ModelOptions
+from mmcli.models.options import Endpoint, Example, Generation, ModelOptions
 
 SECRET = "sk-very-secret-0123"
 
@@ -171,9 +171,38 @@ def test_texts_alone_are_one_string_and_captions_have_a_prompt() -> None:
     (asked,) = messages(plan_for("http://h/v1"), [("text", "Once upon")])
     assert asked == [{"role": "user", "content": "Once upon\n\nWhat?"}]
     (asked,) = messages(plan_for("http://h/v1", questions=(), task="caption"), [("image", noise(8, 8, 3))])
-    assert asked[0]["content"][-1]["text"] == "Describe this image."
+    assert asked[0]["content"][-1]["text"] == "Describe this image in one sentence."
     with pytest.raises(RowError, match="Unicode"):
         messages(plan_for("http://h/v1"), [("text", "\ud800")])
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_solved_examples_come_before_the_question(chosen: bool) -> None:
+    examples = tuple(
+        Example((Media(text=name),), q, name) for name, q in (("no", None), ("yes", "Sure?"), ("x", ""))
+    )
+    plan = plan_for("http://h/v1", examples=examples, chosen=chosen, choices=("yes", "no"))
+    processor: Any = plan.open_processor()
+    processor.show(lambda media: ("text", media.text))
+    (sample,) = processor.record([("text", "now")], ((1, 0),) if chosen else ())
+    asked = json.loads(sample.arrays["request"].tobytes())
+    shown = [examples[n] for n in ((1, 0) if chosen else (0, 1, 2))]
+    assert [turn["role"] for turn in asked] == ["user", "assistant"] * len(shown) + ["user"]
+    for example, user, answer in zip(shown, asked[::2], asked[1::2], strict=False):
+        assert user["content"].startswith(f"{example.media[0].text}\n\n{example.question or 'What?'}")
+        assert json.loads(answer["content"]) == {"answer": example.answer}
+    assert asked[-1]["content"].startswith("now\n\nWhat?")
+
+
+def test_examples_that_cannot_be_decoded_end_the_run() -> None:
+    def decode(media: Media) -> Any:
+        raise RowError("corrupt", "no picture")
+
+    processor: Any = plan_for(
+        "http://h/v1", examples=(Example((Media(file="a.png"),), None, "a"),)
+    ).open_processor()
+    with pytest.raises(ModelError, match="row 1: corrupt: no picture"):
+        processor.show(decode)
 
 
 def test_requests_are_the_same_each_time() -> None:
