@@ -59,7 +59,11 @@ class Processor(Protocol):
 
 
 class RecordProcessor(Protocol):
-    """A processor that takes all media of a record together, for models that read them beside a prompt."""
+    """A processor that takes all media of a record together, for models that read them beside a prompt.
+
+    One that shows solved examples before each question also has `show(decode)`: called once, before the first
+    record, with what decodes a Media as a record's are decoded.
+    """
 
     def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
         """A record's decoded media and `Record.variables` -> its Samples, one for each question or window of sound.

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mmcli.core.errors import RowError
@@ -98,6 +99,8 @@ class BlockDecoder:
         # Whether it takes all media of a record together.
         self._whole = hasattr(processor, "record")
         self._options = options
+        if hasattr(processor, "show"):
+            processor.show(partial(decode, options=options))
         self.decode_s = self.process_s = 0.0
 
     def block(self, number: int, records: Sequence[Job], cell: Cell | None = None) -> Answer:

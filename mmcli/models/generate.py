@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -16,7 +16,7 @@ from mmcli.core.records import Generated, Sample
 from mmcli.models.loops import has_loop
 from mmcli.models.options import Generation
 from mmcli.models.plan import GenerationPlan
-from mmcli.models.runner import Batch, TorchRunner, stack
+from mmcli.models.runner import Batch, TorchRunner, join, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Writer:
     forced    whether the last token allowed is made one of them: such a text did not end by itself
     decode    tokens without prompt and what follows the end -> text
     fill      with what arrays of tokens are padded, on the left, by name (input_ids, attention_mask, ...)
-    joined    arrays that are put one behind the other, not stacked (Qwen-VL's pixel_values)
+    joined    names of arrays that are put one behind the other, not stacked (Qwen-VL's pixel_values)
     """
 
     generate: Callable[..., Any]
@@ -36,7 +36,7 @@ class Writer:
     forced: bool
     decode: Callable[[Sequence[int]], str]
     fill: Mapping[str, int] = field(default_factory=dict)
-    joined: frozenset[str] = frozenset()
+    joined: Container[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class GenerationRunner(TorchRunner):
         for name in samples[0].arrays:
             arrays = [s.arrays[name] for s in samples]
             if name in self._writer.joined:
-                tensors[name] = torch.from_numpy(np.concatenate(arrays))
+                tensors[name] = join(arrays, pinned)
             else:
                 fill = self._writer.fill.get(name)
                 tensors[name] = stack(arrays, fill or 0, pinned, left=fill is not None)

@@ -90,7 +90,8 @@ class TorchRunner:
         moved = tensor.to(self.device, non_blocking=True)
         if name == "pixel_values" and moved.dtype == torch.uint8 and self._normalize is not None:
             moved = self._normalize(moved)
-        return moved.to(self._dtype) if moved.is_floating_point() else moved
+        # A number for each clip is a time, not an input of a layer (Qwen2.5-VL's second_per_grid_ts).
+        return moved.to(self._dtype) if moved.is_floating_point() and moved.ndim > 1 else moved
 
 
 class EmbeddingRunner(TorchRunner):
@@ -152,11 +153,10 @@ def load_model(
 def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = False) -> torch.Tensor:
     """Arrays as one, padded along their first axis to the longest: behind, or in front with `left`.
 
-    Straight into pinned memory for a CUDA device: no second copy.
+    Further axes are padded behind. Straight into pinned memory for a CUDA device: no second copy.
     """
     first = arrays[0]
-    longest = max(len(a) for a in arrays) if first.ndim else 0
-    shape = (len(arrays), longest, *first.shape[1:]) if first.ndim else (len(arrays),)
+    shape = (len(arrays), *_largest([a.shape for a in arrays]))
     dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
     stacked = torch.empty(shape, dtype=dtype, pin_memory=pinned)
     out = stacked.numpy()
@@ -165,9 +165,31 @@ def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = Fa
         return stacked
     out.fill(fill)
     for row, array in zip(out, arrays, strict=True):
-        start = longest - len(array) if left else 0
-        row[start : start + len(array)] = array
+        start = len(row) - len(array) if left else 0
+        row[start : start + len(array)][(slice(None), *map(slice, array.shape[1:]))] = array
     return stacked
+
+
+def join(arrays: Sequence[np.ndarray], pinned: bool = False) -> torch.Tensor:
+    """Arrays one behind the other; further axes are padded with 0, behind."""
+    first = arrays[0]
+    shape = (sum(len(a) for a in arrays), *_largest([a.shape[1:] for a in arrays]))
+    dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
+    joined = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    out = joined.numpy()
+    if all(a.shape[1:] == first.shape[1:] for a in arrays):
+        np.concatenate(arrays, out=out)
+        return joined
+    out.fill(0)
+    start = 0
+    for array in arrays:
+        out[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        start += len(array)
+    return joined
+
+
+def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
 
 
 def _text_fill(plan: CheckpointPlan) -> dict[str, int]:
