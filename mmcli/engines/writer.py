@@ -20,6 +20,8 @@ from mmcli.engines.table import Layout
 QUEUE_WINDOWS = 4
 # Results that are made into one Arrow batch: of 32 rows alone it costs three times as much a row.
 TABLE_ROWS = 1024
+# Fewer of long texts, such as requests with pictures in them.
+TABLE_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class PartWriter:
         self._queue: queue.Queue[Window | None] = queue.Queue(QUEUE_WINDOWS)
         self._results: list[Result] = []
         self._batches: list[pa.RecordBatch] = []
-        self._bytes = 0
+        self._bytes = self._text_bytes = 0
         self._signatures: list[bytes | None] = []
         self._next_row = start_row
         self._last_commit = time.monotonic()
@@ -100,7 +102,8 @@ class PartWriter:
             self._results += results
             self._signatures += [r.record.signature for r in results]
         self._account(results, window)
-        if len(self._results) >= TABLE_ROWS:
+        self._text_bytes += _text_bytes(results)
+        if len(self._results) >= TABLE_ROWS or self._text_bytes >= TABLE_BYTES:
             self._tabulate()
 
     def _account(self, results: Sequence[Result], window: Window) -> None:
@@ -119,7 +122,7 @@ class PartWriter:
         if self._results:
             with self._report.timed("write"):
                 batch = self._layout.batch(self._results)
-            self._results = []
+            self._results, self._text_bytes = [], 0
             self._batches.append(batch)
             self._bytes += batch.nbytes
 
@@ -144,3 +147,7 @@ class PartWriter:
         self._next_row += rows
         self._last_commit = time.monotonic()
         self._report.committed += rows
+
+
+def _text_bytes(results: Sequence[Result]) -> int:
+    return sum([len(v) for r in results if r.values is not None for v in r.values if isinstance(v, str)])

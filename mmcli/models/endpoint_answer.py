@@ -40,8 +40,18 @@ class AnswerReader:
         self._schema = None if generation.schema is None else json.loads(generation.schema)
 
     def __call__(self, content: bytes) -> Generated | Scored | RowError:
-        """RowError for an answer that is none of what was asked for. Raises ValueError for no chat completion."""
-        answer = _read(content, self._generation.max_new_tokens)
+        """The JSON of a chat completion -> its output; RowError for an answer that is none of what was asked for.
+
+        Raises ValueError for what is no chat completion.
+        """
+        try:
+            return self.of(json.loads(content))
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+
+    def of(self, found: Any) -> Generated | Scored | RowError:
+        """Likewise, of a chat completion that is read already."""
+        answer = _read(found, self._generation.max_new_tokens)
         if isinstance(answer, RowError):
             return answer
         if self._generation.choices:
@@ -65,14 +75,13 @@ class AnswerReader:
         )
 
 
-def _read(content: bytes, limit: int) -> _Answer | RowError:
+def _read(found: Any, limit: int) -> _Answer | RowError:
     try:
-        found = json.loads(content)
         choice = found["choices"][0]
         message = choice["message"]
         # A refusal is an answer too: what was asked for is not there, but a text is.
         text = message.get("content") or message.get("refusal") or ""
-    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"it has no choices[0].message ({type(error).__name__})") from error
     if isinstance(text, list):
         text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))

@@ -34,6 +34,16 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.5, 20.0
 ATTEMPTS = 5
 # A server that has refused so many requests, with one reason or at all, and answered none is used in a wrong way.
 SAME_REFUSALS, REFUSALS = 8, 32
+# What servers say of requests that are too large, and of those that their rules forbid.
+TOO_LARGE = ("context length", "context_length", "context size", "too large", "too long")
+POLICY = (
+    "content_filter",
+    "content_policy",
+    "content policy",
+    "content management policy",
+    "moderation",
+    "flagged",
+)
 # Bytes of a server's message that are looked at.
 MESSAGE_BYTES = 4000
 
@@ -49,6 +59,26 @@ class _Trouble:
     timeout: bool = False
     own: bool = False
     wait_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Tries:
+    """Of one request. `beaten`: failures since each of which, until the next, others were answered."""
+
+    begun: float
+    failures: int = 0
+    beaten: int = 0
+    last: float = 0.0
+
+    def failed(self, answered: float) -> None:
+        """Once more; `answered`: when the server last answered any request."""
+        self.beaten += self.failures > 0 and answered > self.last
+        self.failures += 1
+        self.last = time.monotonic()
+
+    def hopeless(self, retry_s: float) -> bool:
+        """Whether it is this request that does not work, while others do: a server that is away fails all."""
+        return self.beaten >= (1 if self.last - self.begun > retry_s else ATTEMPTS - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,37 +210,32 @@ class Client:
     async def _ask(self, messages: bytes) -> Any:
         """The answer, with as much of the settings as the server takes; else why it refuses."""
         settings = self._settings
-        first: _Refusal | None = None
         while True:
             answer = await self._answer(messages, settings)
             if not isinstance(answer, _Refusal):
                 if self._good is None:
                     self._good, self._settings = messages, settings
                 return answer
-            first = first or answer
-            if self._good is not None:
-                # Others have found out meanwhile what the server takes.
-                if settings == self._settings:
-                    return first
-                settings = self._settings
-                continue
-            fewer = settings.conceded(answer.status, answer.message)
-            if fewer is None:
-                return first
-            settings = fewer
+            # Others may have found out meanwhile what the server takes.
+            known = self._good is not None
+            other = self._settings if known else settings.conceded(answer.status, answer.message)
+            if other is None or other == settings:
+                return answer
+            settings = other
 
     async def _answer(self, messages: bytes, settings: Settings) -> Any:
         """One request, sent again while the server is away or busy: what `parse` gives, RowError or _Refusal."""
-        body, begun, failures = settings.body(messages), time.monotonic(), 0
+        body, tries = settings.body(messages), _Tries(time.monotonic())
         while True:
             await self._pause()
             found = await self._post(body)
             if not isinstance(found, _Trouble):
                 break
-            failures += 1
-            if self._hopeless(found, failures, begun) or not await self._back_off(found, failures, begun):
+            tries.failed(self._answered)
+            if found.own and tries.hopeless(self._endpoint.retry_s):
                 code: ErrorCode = "timeout" if found.timeout else "io"
-                return RowError(code, f"given up after {failures} tries: {found.reason}", stage="model")
+                return RowError(code, f"given up after {tries.failures} tries: {found.reason}", stage="model")
+            await self._back_off(found, tries)
         self._answered = time.monotonic()
         if isinstance(found, _Refusal):
             return found
@@ -231,12 +256,11 @@ class Client:
             return _Trouble(f"the connection broke: {_told(error)}", own=True)
         except (httpx.DecodingError, httpx.InvalidURL) as error:
             return _Refusal(200, _told(error))
+        if response.status_code == 200:
+            return response
         self._deny(response)
         status, message = response.status_code, self._message(response)
-        if status == 200:
-            return response
-        unknown = status == 404 and self._good is None
-        if unknown:
+        if status == 404 and self._good is None:
             raise ModelError(
                 f"{self._endpoint.url}/chat/completions: HTTP 404: {message}",
                 hint="does --endpoint end with /v1, as most servers want? does the server have this model (-m)?",
@@ -258,7 +282,9 @@ class Client:
                 f"--endpoint {url} redirects to {target.hostname or 'itself'}, which is not followed",
                 hint="give the address of the server itself",
             )
-        if status in (401, 402, 403, 407):
+        # Some services answer 403 for what their moderation has found.
+        moderated = status == 403 and _mentions(self._message(response), POLICY)
+        if status in (401, 402, 403, 407) and not moderated:
             key = "the key in OPENAI_API_KEY" if self._key else "no key (OPENAI_API_KEY is not set)"
             raise ModelError(
                 f"--endpoint {url} denies access with {key}: HTTP {status}: {self._message(response)}",
@@ -275,35 +301,27 @@ class Client:
             # Not all of them at the same moment.
             await asyncio.sleep(left + random.uniform(0, min(1.0, left / 4)))
 
-    def _hopeless(self, trouble: _Trouble, failures: int, begun: float) -> bool:
-        """Whether it is this request that does not work, while others do."""
-        long = time.monotonic() - begun > self._endpoint.retry_s
-        return trouble.own and self._answered > begun and failures >= (2 if long else ATTEMPTS)
-
-    async def _back_off(self, trouble: _Trouble, failures: int, begun: float) -> bool:
-        """Wait before the next try. False when others work, and it is this request that does not.
-
-        Raises TryAgain once the server has done nothing for any request for `retry_s`.
-        """
+    async def _back_off(self, trouble: _Trouble, tries: _Tries) -> None:
+        """Wait before the next try. Raises TryAgain once the server has done nothing for `retry_s`."""
         now = time.monotonic()
-        silent = now - max(begun, self._answered)
+        silent = now - max(tries.begun, self._answered)
         left, wait = self._endpoint.retry_s - silent, trouble.wait_s or 0.0
         if left <= 0 or wait > left:
             if trouble.own and await self._works():
-                return False
+                return
             asks = f" and asks to wait {wait:.0f} s" if wait > left else ""
             url = self._endpoint.url
             raise TryAgain(f"--endpoint {url} has done nothing for {silent:.1f} s{asks}: {trouble.reason}")
         self._paused_until = max(self._paused_until, now + wait)
-        longest = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** min(failures - 1, 10))
+        longest = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** min(tries.failures - 1, 10))
         await asyncio.sleep(max(wait, min(left, random.uniform(0, longest))))
-        return True
 
     async def _works(self) -> bool:
         """Whether what has worked before does again."""
-        if self._good is None:
+        if self._good is None or isinstance(await self._post(self._settings.body(self._good)), _Trouble):
             return False
-        return isinstance(await self._post(self._settings.body(self._good)), httpx.Response)
+        self._answered = time.monotonic()
+        return True
 
     def _judged(self, refusal: _Refusal) -> RowError:
         """The row's error. Raises ModelError when no request at all has got through."""
@@ -321,12 +339,13 @@ class Client:
 
 
 def _code(refusal: _Refusal) -> ErrorCode:
-    text = refusal.message.lower()
-    if refusal.status == 413 or "context length" in text or "context_length" in text or "too large" in text:
+    if refusal.status == 413 or _mentions(refusal.message, TOO_LARGE):
         return "too_large"
-    if "content_filter" in text or "content_policy" in text or "content management policy" in text:
-        return "policy_denied"
-    return "invalid_output"
+    return "policy_denied" if _mentions(refusal.message, POLICY) else "invalid_output"
+
+
+def _mentions(message: str, words: Sequence[str]) -> bool:
+    return any(word in message.lower() for word in words)
 
 
 def _said(content: bytes) -> str:
