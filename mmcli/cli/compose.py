@@ -47,6 +47,21 @@ class Arguments:
     messages: MessageArguments
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a command wants of a manifest's rows beside their media.
+
+    names  columns that prompts name
+    said   how the command line names each of them
+    alone  whether rows need no media: then `text` is the column that stands for them, unless one is named as media
+    """
+
+    names: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+    alone: bool = False
+    text: str | None = None
+
+
 @dataclass(slots=True)
 class Planned:
     """What a task needs to run: the model's plan, the task, and its options that change output bytes."""
@@ -103,8 +118,8 @@ class RunLimits:
 class Planner(Protocol):
     """What a command wants of a run; asked in this order."""
 
-    def columns(self, problems: Problems) -> tuple[str, ...]:
-        """The columns of the manifest that prompts name."""
+    def columns(self, problems: Problems) -> Columns:
+        """The columns of the manifest that are wanted."""
         ...
 
     def plan(self, problems: Problems) -> Planned | None:
@@ -122,9 +137,9 @@ class EmbedPlanner:
     def __init__(self, arguments: Arguments, embedding: EmbeddingArguments) -> None:
         self._arguments, self._embedding = arguments, embedding
 
-    def columns(self, problems: Problems) -> tuple[str, ...]:
+    def columns(self, problems: Problems) -> Columns:
         """None: vectors have no prompt."""
-        return ()
+        return Columns()
 
     def plan(self, problems: Problems) -> Planned | None:
         """Resolve the model and say what its vectors are."""
@@ -163,11 +178,11 @@ class WritePlanner:
         self._asked: Asked | None = None
         self._told: dict[str, Any] = {}
 
-    def columns(self, problems: Problems) -> tuple[str, ...]:
+    def columns(self, problems: Problems) -> Columns:
         """Read what is asked: the columns that it names."""
         seed = problems.collect(parse.number, "--seed", self._arguments.run.seed, 0) or 0
         self._asked = self._read(seed, problems)
-        return self._asked.variables if self._asked is not None else ()
+        return self._asked.columns if self._asked is not None else Columns()
 
     def plan(self, problems: Problems) -> Planned | None:
         """Resolve the model and say how it writes."""
@@ -251,8 +266,8 @@ def prepare(
     problems = Problems()
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
-    variables = planner.columns(problems)
-    source = _source(arguments, variables, messages, problems)
+    columns = planner.columns(problems)
+    source = _source(arguments, columns, messages, problems)
     _check_not_an_input(arguments, problems)
     planned = planner.plan(problems)
     if source is not None and planned is not None:
@@ -263,7 +278,7 @@ def prepare(
     assert source is not None
     assert planned is not None
     _check_place(arguments.output)
-    return Prepared(arguments, source, planned, messages, report, limits, signals, variables)
+    return Prepared(arguments, source, planned, messages, report, limits, signals, columns.names)
 
 
 def _check_not_an_input(arguments: Arguments, problems: Problems) -> None:
@@ -279,9 +294,7 @@ def _check_not_an_input(arguments: Arguments, problems: Problems) -> None:
                 return
 
 
-def _source(
-    arguments: Arguments, variables: tuple[str, ...], messages: Messages, problems: Problems
-) -> Source | None:
+def _source(arguments: Arguments, columns: Columns, messages: Messages, problems: Problems) -> Source | None:
     from mmcli.sources.open import open_source
 
     if "-" in (arguments.inputs.inputs or ()):
@@ -291,10 +304,16 @@ def _source(
         if sys.stdin.isatty():
             messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
     stdin = sys.stdin.buffer if sys.stdin is not None else None
-    return problems.collect(open_source, _source_options(arguments, variables), stdin)
+    options = _source_options(arguments, columns.names, columns.said)
+    if columns.alone and not options.column_flags_of_media:
+        if columns.text is None:
+            problems.add("--features-column: rows are known by a text; add --question-column or --text-column")
+            return None
+        options = replace(options, text_column=columns.text)
+    return problems.collect(open_source, options, stdin)
 
 
-def _source_options(arguments: Arguments, variables: tuple[str, ...]) -> SourceOptions:
+def _source_options(arguments: Arguments, variables: tuple[str, ...], said: tuple[str, ...]) -> SourceOptions:
     from mmcli.sources.open import SourceOptions
 
     inputs = arguments.inputs
@@ -310,6 +329,7 @@ def _source_options(arguments: Arguments, variables: tuple[str, ...]) -> SourceO
         id_column=inputs.id_column,
         keep=parse.split_names(inputs.keep),
         variables=variables,
+        variables_said=said,
         hidden=inputs.hidden,
         follow_symlinks=inputs.follow_symlinks,
         input_format=inputs.input_format,

@@ -170,6 +170,33 @@ class QuestionArguments:
     questions: Annotated[
         Path | None, _option(QUESTIONS, "--questions", "FILE", "A file with a question a line, each for every row.")
     ] = None
+    features_column: Annotated[
+        str | None,
+        _option(
+            QUESTIONS,
+            "--features-column",
+            "COLUMN",
+            "Manifest column with a detector's features, for VisualBERT and LXMERT: a list of numbers per region.",
+        ),
+    ] = None
+    boxes_column: Annotated[
+        str | None,
+        _option(
+            QUESTIONS,
+            "--boxes-column",
+            "COLUMN",
+            "Manifest column with the boxes of these regions, for LXMERT: x1, y1, x2, y2 from 0 to 1.",
+        ),
+    ] = None
+    answers: Annotated[
+        Path | None,
+        _option(
+            QUESTIONS,
+            "--answers",
+            "FILE",
+            "What a model's outputs mean where its config.json does not tell: one a line, or a JSON list.",
+        ),
+    ] = None
     choices: Annotated[
         str | None,
         _option(QUESTIONS, "--choices", "A,B,C", "The answer is one of these; its probability is in score."),

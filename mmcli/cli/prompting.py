@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmcli.cli import parse
+from mmcli.cli.compose import Columns
 from mmcli.cli.options import CaptionArguments, GenerationArguments, QuestionArguments
 from mmcli.cli.parse import Problems
 from mmcli.core.errors import ConfigError
@@ -30,18 +33,24 @@ _TOKENS = {"caption": 50, "ask": 100, "json": 300}
 class Asked:
     """What a command asks of a model, before it is known which model.
 
-    names      of the questions, "" for one alone; they begin its columns
-    variables  the columns that the texts name
-    schema     the JSON Schema of answers
+    names    of the questions, "" for one alone; they begin its columns
+    schema   the JSON Schema of answers
+    flags    what the command line calls columns that are not named by a text: column -> flag
     """
 
     names: tuple[str, ...]
     generation: Generation
     schema: dict[str, Any] | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def variables(self) -> tuple[str, ...]:
-        return self.generation.variables
+    def columns(self) -> Columns:
+        """The columns of a manifest that are wanted. A record of precomputed features needs no medium."""
+        names, features = self.generation.variables, self.generation.features
+        said = tuple(f"{self.flags[n]} {n}" if n in self.flags else f"the prompt's {{{n}}}" for n in names)
+        regions = (features, self.generation.boxes)
+        text = next((name for name in names if name not in regions), None)
+        return Columns(names, said, features is not None, text)
 
 
 def read_caption(
@@ -64,6 +73,7 @@ def read_questions(
 
     before = len(problems.lines)
     questions = problems.collect(_questions, asked) or ()
+    answers = problems.collect(_answers, asked.answers) or ()
     choices = problems.collect(_choices, asked.choices) or ()
     schema = canonical = None
     if asked.schema is not None:
@@ -74,13 +84,27 @@ def read_questions(
         canonical = None if schema is None else text_of(schema)
         if choices:
             problems.add("--choices and --schema exclude one another; a field of a schema can have choices")
+    if asked.boxes_column is not None and asked.features_column is None:
+        problems.add("--boxes-column goes with --features-column: the boxes of the regions that it describes")
     generation = Generation(
-        questions=tuple(text for _, text in questions), choices=choices, schema=canonical, task="ask"
+        questions=tuple(text for _, text in questions),
+        choices=choices,
+        answers=answers,
+        features=asked.features_column,
+        boxes=asked.boxes_column,
+        schema=canonical,
+        task="ask",
     )
     generation = _generation(generation, how, seed, problems)
     if len(problems.lines) > before:
         return None
-    return Asked(tuple(name for name, _ in questions), generation, schema)
+    flags = {
+        "--question-column": asked.question_column,
+        "--features-column": asked.features_column,
+        "--boxes-column": asked.boxes_column,
+    }
+    named = {column: flag for flag, column in flags.items() if column is not None}
+    return Asked(tuple(name for name, _ in questions), generation, schema, named)
 
 
 def _generation(wanted: Generation, how: GenerationArguments, seed: int, problems: Problems) -> Generation:
@@ -114,7 +138,8 @@ def _generation(wanted: Generation, how: GenerationArguments, seed: int, problem
 def _columns(generation: Generation) -> tuple[str, ...]:
     texts = [*generation.questions, generation.prompt, generation.system]
     names = [name for text in texts if text is not None for name in Template.parse(text).columns]
-    return tuple(dict.fromkeys(names))
+    regions = [name for name in (generation.features, generation.boxes) if name is not None]
+    return tuple(dict.fromkeys([*names, *regions]))
 
 
 def _text(option: str, text: str | None) -> str | None:
@@ -167,6 +192,22 @@ def _questions(asked: QuestionArguments) -> tuple[tuple[str, str], ...]:
 def _named(line: str) -> tuple[str, str]:
     match = _NAMED.fullmatch(line)
     return (match[1], match[2]) if match else ("", line)
+
+
+def _answers(path: Path | None) -> tuple[str, ...]:
+    """The names of a model's answers, one a line or as a JSON list. Raises ConfigError."""
+    if path is None:
+        return ()
+    text = _file("--answers", path)
+    if not text.lstrip().startswith("["):
+        return tuple(line.strip() for line in text.strip().splitlines())
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--answers: {path} is no JSON list: {error}") from error
+    if not all(isinstance(one, str) for one in found):
+        raise ConfigError(f"--answers: {path} holds other things than strings")
+    return tuple(found)
 
 
 def _choices(text: str | None) -> tuple[str, ...]:

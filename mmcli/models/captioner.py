@@ -1,4 +1,8 @@
-"""The family *captioner*: a picture in, a text out (BLIP, BLIP-2, GIT, VisionEncoderDecoder, Florence-2)."""
+"""The family *captioner*: a picture in, and a prompt or question where it takes one; a text out.
+
+BLIP, BLIP-2, InstructBLIP, GIT, VisionEncoderDecoder and Florence-2. Models that choose among known answers are in
+mmcli.models.vqa.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from mmcli.core.errors import ConfigError, ModelError, RowError, one_line
 from mmcli.core.records import DecodeOptions, Modality, Payload, Sample
 from mmcli.core.template import Template
 from mmcli.models.checkpoint import Checkpoint
-from mmcli.models.facts import available, max_positions, min_image_size, setting
+from mmcli.models.facts import OUTPUTS, available, max_positions, min_image_size, reject_chat, setting
 from mmcli.models.options import Generation, ModelOptions, Task
 from mmcli.models.plan import GenerationPlan, Inputs
 from mmcli.models.prompts import Prompts
@@ -25,68 +29,86 @@ if TYPE_CHECKING:
 FAMILY = "captioner"
 # Tasks of Florence-2 whose answer is a text; the others give boxes.
 FLORENCE_TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>", "<OCR>")
+_TEXT_INPUTS = ("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")
 
 
 @dataclass(frozen=True, slots=True)
 class Captioner:
-    """How a model type writes captions.
+    """How a model type writes captions or answers.
 
     model_class  the transformers class
     prompt       "prefix": the text goes on from it; "bare": likewise, without the tokenizer's end token;
-                 "task": one of FLORENCE_TASKS, the first by default; None: it takes none
+                 "encoder": it is read apart, by an encoder, and has places of its own;
+                 "task": one of FLORENCE_TASKS; None: it takes none
+    default      the prompt where none is given
+    question     what a question becomes, `Question: {} Answer:`, unless it ends in `answer:` already
     generator    where in the model the part is whose `generate` runs ("" is the model itself)
     text_config  where config.json has its settings
     """
 
     model_class: str
-    prompt: Literal["prefix", "bare", "task"] | None
+    prompt: Literal["prefix", "bare", "encoder", "task"] | None
+    default: str | None = None
+    question: str | None = None
     generator: str = ""
     text_config: str = "text_config"
 
 
-# model_type of config.json -> how it is called
-CAPTIONERS = {
-    "blip": Captioner("BlipForConditionalGeneration", "prefix", generator="text_decoder"),
-    "blip-2": Captioner("Blip2ForConditionalGeneration", "prefix", generator="language_model"),
-    "florence2": Captioner("Florence2ForConditionalGeneration", "task"),
-    "git": Captioner("GitForCausalLM", "bare", text_config=""),
-    "vision-encoder-decoder": Captioner("VisionEncoderDecoderModel", None, text_config="decoder"),
+# BLIP-2's question is worded as for OPT in its paper (Li et al. 2023, section 4.1) and in the documentation of
+# transformers; InstructBLIP's caption as in LAVIS (projects/instructblip/caption_*_eval.yaml). GIT-VQA goes on from
+# the question itself, as its model card has it.
+_BLIP_2 = Captioner("Blip2ForConditionalGeneration", "prefix", generator="language_model")
+_GIT = Captioner("GitForCausalLM", "bare", text_config="")
+_INSTRUCT_BLIP = Captioner(
+    "InstructBlipForConditionalGeneration", "prefix", "A short image caption.", generator="language_model"
+)
+
+# Task -> model_type of config.json -> how it is called.
+CAPTIONERS: dict[Task, dict[str, Captioner]] = {
+    "caption": {
+        "blip": Captioner("BlipForConditionalGeneration", "prefix", generator="text_decoder"),
+        "blip-2": _BLIP_2,
+        "florence2": Captioner("Florence2ForConditionalGeneration", "task", FLORENCE_TASKS[0]),
+        "git": _GIT,
+        "instructblip": _INSTRUCT_BLIP,
+        "vision-encoder-decoder": Captioner("VisionEncoderDecoderModel", None, text_config="decoder"),
+    },
+    "ask": {
+        "blip": Captioner("BlipForQuestionAnswering", "encoder", generator="text_decoder"),
+        "blip-2": replace(_BLIP_2, question="Question: {} Answer:"),
+        "git": _GIT,
+        "instructblip": _INSTRUCT_BLIP,
+    },
 }
 
 
 def find(kind: str, architectures: Sequence[str], task: Task) -> Captioner | None:
-    """The row of a model type that writes captions."""
-    return CAPTIONERS.get(kind) if task == "caption" else None
+    """The row of a model type that writes captions or answers, if the checkpoint was saved as its class."""
+    row = CAPTIONERS[task].get(kind)
+    return row if row is not None and (not architectures or row.model_class in architectures) else None
 
 
 def names(task: Task) -> Sequence[str]:
-    """The model types that write captions."""
-    return tuple(CAPTIONERS) if task == "caption" else ()
+    """The model types that write captions or answers."""
+    return tuple(CAPTIONERS[task])
 
 
 def plan(
     checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: Captioner, generation: Generation
 ) -> GenerationPlan:
     """What `row` says about this checkpoint. Raises ConfigError."""
-    kind = checkpoint.config.model_type
-    architectures = checkpoint.config.architectures or []
-    if architectures and row.model_class not in architectures:
-        raise ConfigError(
-            f"-m {checkpoint.id}: it was saved as {', '.join(architectures)}; "
-            f"captions need a {kind} saved as {row.model_class}",
-        )
+    what, kind = OUTPUTS[generation.task], checkpoint.config.model_type
     if not available(checkpoint, "image") or not available(checkpoint, "text"):
-        raise ConfigError(f"-m {checkpoint.id}: captions need its preprocessor_config.json and its tokenizer")
+        raise ConfigError(f"-m {checkpoint.id}: {what} need its preprocessor_config.json and its tokenizer")
     if options.compile:
-        raise ConfigError("--compile is not for captions: the length of what is generated changes at every step")
+        raise ConfigError(f"--compile is not for {what}: the length of what is generated changes at every step")
     if row.prompt is None and generation.prompt is not None:
         raise ConfigError(f"--prompt {generation.prompt!r}: a {kind} takes no prompt; leave it out")
-    if row.prompt == "task":
-        generation = replace(generation, prompt=generation.prompt or FLORENCE_TASKS[0])
-        if generation.prompt not in FLORENCE_TASKS:
-            raise ConfigError(f"--prompt {generation.prompt!r}: a {kind} takes {', '.join(FLORENCE_TASKS)}")
-    if generation.system is not None:
-        raise ConfigError(f"--system is for chat models; a {kind} takes none")
+    if generation.task == "caption":
+        generation = replace(generation, prompt=generation.prompt or row.default)
+    if row.prompt == "task" and generation.prompt not in FLORENCE_TASKS:
+        raise ConfigError(f"--prompt {generation.prompt!r}: a {kind} takes {', '.join(FLORENCE_TASKS)}")
+    reject_chat(generation, kind)
     _check_length(checkpoint, row, generation)
     inputs = Inputs(image=True)
     return GenerationPlan(
@@ -112,20 +134,50 @@ def plan(
 def _check_length(checkpoint: Checkpoint, row: Captioner, generation: Generation) -> None:
     """Raise ConfigError when prompt and text are longer than the model has positions for, whatever the row."""
     positions = text_positions(checkpoint, row)
-    if positions is None:
-        return
     # The start token, after BLIP-2's places for the picture.
     tokens = 1 + getattr(checkpoint.config, "num_query_tokens", 0)
-    if generation.prompt is not None and row.prompt != "task" and not generation.variables:
-        prompt = Template.parse(generation.prompt).render({})
-        tokens = len(prompt_reader(checkpoint, row)(prompt)["input_ids"])
-    if tokens + generation.max_new_tokens > positions:
-        most = positions - tokens
-        remedy = f"give at most --max-new-tokens {most}" if most > 0 else "give a shorter --prompt"
-        raise ConfigError(
-            f"-m {checkpoint.id} has room for {positions} tokens; the prompt's {tokens} and "
-            f"--max-new-tokens {generation.max_new_tokens} are more; {remedy}"
-        )
+    if positions is not None and tokens + generation.max_new_tokens > positions:
+        raise ConfigError(_no_room(checkpoint, positions, tokens, generation))
+    fixed = [text for text in generation.prompts if text is not None and not Template.parse(text).columns]
+    most = prompt_limits(checkpoint, row, generation)
+    if not fixed or not most:
+        return
+    read = prompt_reader(checkpoint, row)
+    for text in fixed:
+        for name, ids in read(worded(row, Template.parse(text).render({}))).items():
+            if len(ids) > most.get(name, len(ids)):
+                raise ConfigError(_no_room(checkpoint, positions or most[name], len(ids), generation))
+
+
+def _no_room(checkpoint: Checkpoint, positions: int, tokens: int, generation: Generation) -> str:
+    most = positions - tokens
+    shorter = "question" if generation.task == "ask" else "--prompt"
+    remedy = f"give at most --max-new-tokens {most}" if most > 0 else f"give a shorter {shorter}"
+    return (
+        f"-m {checkpoint.id} has room for {positions} tokens; the prompt's {tokens} and "
+        f"--max-new-tokens {generation.max_new_tokens} are more; {remedy}"
+    )
+
+
+def prompt_limits(checkpoint: Checkpoint, row: Captioner, generation: Generation) -> dict[str, int]:
+    """How many tokens a prompt may have, by the name of its array."""
+    if row.prompt == "task":
+        return {}
+    positions = text_positions(checkpoint, row)
+    if positions is not None and row.prompt != "encoder":
+        positions -= generation.max_new_tokens
+    limits = {
+        "input_ids": positions,
+        "qformer_input_ids": max_positions(getattr(checkpoint.config, "qformer_config", checkpoint.config)),
+    }
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def worded(row: Captioner, prompt: str) -> str:
+    """A prompt as the model is given it."""
+    if row.question is None or prompt.rstrip().lower().endswith("answer:"):
+        return prompt
+    return row.question.format(prompt)
 
 
 def text_positions(checkpoint: Checkpoint, row: Captioner) -> int | None:
@@ -164,16 +216,16 @@ def prompt_reader(checkpoint: Checkpoint, row: Captioner) -> Callable[[str], dic
 
     def read(prompt: str) -> dict[str, np.ndarray]:
         found = processor(images=blank, text=prompt, return_tensors="np")
-        return {name: found[name][0] for name in ("input_ids", "attention_mask") if name in found}
+        return {name: found[name][0] for name in _TEXT_INPUTS if name in found}
 
     return read
 
 
 class CaptionProcessor:
-    """A picture, and the prompt of its row -> `pixel_values` and the prompt's tokens (see RecordProcessor).
+    """A picture, and the prompts of its row -> `pixel_values` and a prompt's tokens (see RecordProcessor).
 
     Prompts of different lengths never share a batch: BLIP and GIT number positions from the first token of a batch,
-    so that padding would shift those of the shorter.
+    so that padding would shift those of the shorter; a BLIP that answers looks at the padding of questions.
     """
 
     def __init__(self, plan: GenerationPlan) -> None:
@@ -182,14 +234,15 @@ class CaptionProcessor:
         from mmcli.models.inputs import ImageProcessor, open_image_processor
 
         torch.set_num_threads(1)
-        row: Captioner = plan.detail
+        self._row: Captioner = plan.detail
         self._images = ImageProcessor(open_image_processor(plan.checkpoint))
         self._prompts = Prompts(plan.generation)
-        self._positions = None if row.prompt == "task" else text_positions(plan.checkpoint, row)
-        self._max_new_tokens = plan.generation.max_new_tokens
-        if plan.generation.prompt is not None:
-            # Mostly the same prompt for every row.
-            self._read = lru_cache(256)(prompt_reader(plan.checkpoint, row))
+        self._most = prompt_limits(plan.checkpoint, self._row, plan.generation)
+        self._place = getattr(plan.checkpoint.config, "image_token_index", None)
+        self._places = getattr(plan.checkpoint.config, "num_query_tokens", 0)
+        if any(prompt is not None for prompt in plan.generation.prompts):
+            # Mostly the same prompts for every row.
+            self._read = lru_cache(256)(prompt_reader(plan.checkpoint, self._row))
 
     def record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
         """One Sample for each prompt. Raises RowError."""
@@ -198,11 +251,13 @@ class CaptionProcessor:
         return tuple(self._sample(pixels, prompt) for prompt in prompts)
 
     def _sample(self, pixels: dict[str, np.ndarray], prompt: str | None) -> Sample:
-        text = {} if prompt is None else self._read(prompt)
-        tokens = len(text["input_ids"]) if text else 0
-        if self._positions is not None and tokens + self._max_new_tokens > self._positions:
-            most = self._positions - self._max_new_tokens
-            raise RowError("too_large", f"the prompt has {tokens} tokens; the model has room for {most}")
+        text = {} if prompt is None else self._read(worded(self._row, prompt))
+        for name, most in self._most.items():
+            if (tokens := len(text.get(name, ()))) > most:
+                raise RowError("too_large", f"the prompt has {tokens} tokens; the model has room for {most}")
+        if text and self._place is not None and (text["input_ids"] == self._place).sum() > self._places:
+            # One place more would shift the pictures of its neighbours.
+            raise RowError("bad_row", "the prompt holds the token that stands for the picture", stage="source")
         arrays = {**pixels, **text}
         return Sample("image", arrays, group=tuple(a.shape for a in arrays.values()))
 
@@ -221,7 +276,7 @@ def load(plan: GenerationPlan, device: torch.device) -> Writer:
     from mmcli.models.runner import load_model
 
     row: Captioner = plan.detail
-    model = load_model(getattr(transformers, row.model_class), plan, device, makes="captions")
+    model = load_model(getattr(transformers, row.model_class), plan, device, makes=OUTPUTS[plan.generation.task])
     generator = setting(model, row.generator)
     settings = generator.generation_config
     # BLIP's generate names its end itself.

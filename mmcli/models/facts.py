@@ -7,7 +7,10 @@ from typing import Any
 from mmcli.core.errors import ConfigError
 from mmcli.core.records import Modality
 from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.options import Generation, Task
 
+# What a task's texts are, in messages.
+OUTPUTS: dict[Task, str] = {"caption": "captions", "ask": "answers"}
 POOLINGS = ("cls", "mean", "max", "pooler")
 # Not tokenizer_config.json: with that alone, transformers makes a tokenizer without a vocabulary.
 TOKENIZER_FILES = (
@@ -85,3 +88,10 @@ def reject_pooling(pooling: str | None, family: str) -> None:
     """Raise ConfigError when a pooling is asked of a family that has its own."""
     if pooling is not None:
         raise ConfigError(f"--pooling {pooling}: a {family} gives one vector by itself; leave --pooling out")
+
+
+def reject_chat(generation: Generation, kind: str) -> None:
+    """Raise ConfigError when what only chat models take is asked of another `kind`."""
+    given = {"--system": generation.system is not None, "--examples": bool(generation.examples)}
+    for flag in (name for name, value in given.items() if value):
+        raise ConfigError(f"{flag} is for chat models; a {kind} takes none")

@@ -219,6 +219,8 @@ def resolve_fake_writer(options: ModelOptions, generation: Generation) -> FakeWr
     """The plan of `fake:8` for captions and answers. Raises ConfigError."""
     if generation.schema is not None:
         raise ConfigError(f"-m {options.model}: it writes no JSON; leave --schema out")
+    if generation.features is not None or generation.boxes is not None or generation.answers:
+        raise ConfigError(f"-m {options.model}: leave --features-column, --boxes-column and --answers out")
     return FakeWriterPlan(resolve_fake(options), generation)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from mmcli.core.errors import ConfigError
-from mmcli.models import captioner, chat, dual_encoder, encoder
+from mmcli.models import captioner, chat, dual_encoder, encoder, vqa
 from mmcli.models.checkpoint import Checkpoint, open_checkpoint
 from mmcli.models.device import check_device, choose_dtype
-from mmcli.models.facts import POOLINGS
+from mmcli.models.facts import OUTPUTS, POOLINGS
 from mmcli.models.options import Generation, ModelOptions, Task
 from mmcli.models.plan import EmbeddingPlan, GenerationPlan
 
@@ -19,7 +19,8 @@ T = TypeVar("T")
 class WriterFamily(Protocol):
     """What a module of models that write has.
 
-    find   the row of its table for a model_type and config.json's architectures, None when it is not for it
+    find   the row of its table for a model_type and config.json's architectures (none: whatever they are), None
+           when it is not for it
     names  the model types that it knows for a task
     plan   what the row says about a checkpoint; raises ConfigError
     """
@@ -34,7 +35,7 @@ class WriterFamily(Protocol):
 
 
 # In the order in which they are asked.
-WRITERS: tuple[WriterFamily, ...] = (captioner, chat)
+WRITERS: tuple[WriterFamily, ...] = (captioner, vqa, chat)
 
 
 def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:
@@ -54,21 +55,45 @@ def plan_writer(options: ModelOptions, generation: Generation) -> GenerationPlan
     for family in WRITERS:
         row = family.find(kind, architectures, generation.task)
         if row is not None:
+            if family is not vqa:
+                _reject_regions(generation)
             return family.plan(checkpoint, options, dtype, row, generation)
-    other: Task = "ask" if generation.task == "caption" else "caption"
-    hint = None
-    if any(family.find(kind, architectures, other) is not None for family in WRITERS):
-        hint = f"it can do another task: mmcli {other}"
+    raise _no_writer(checkpoint, kind, architectures, generation.task)
+
+
+def _reject_regions(generation: Generation) -> None:
+    """Raise ConfigError when what only models of the family *VQA* take is asked of another."""
+    problems = [
+        f"{flag} is for models that see no pictures ({', '.join(vqa.seeing_features())}); leave it out"
+        for flag, given in (("--features-column", generation.features), ("--boxes-column", generation.boxes))
+        if given is not None
+    ]
+    if generation.answers:
+        problems.append("--answers is for models that choose among known answers; this one writes them: --choices")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _no_writer(checkpoint: Checkpoint, kind: str, architectures: tuple[str, ...], task: Task) -> ConfigError:
+    """Why no family writes with a model type, and what it is for."""
+    other: Task = "ask" if task == "caption" else "caption"
+    what, hint = OUTPUTS[task], None
+    if _row(kind, architectures, other) is not None:
+        hint = f"it gives {OUTPUTS[other]}: mmcli {other}"
     elif kind in dual_encoder.DUAL_ENCODERS or kind in encoder.ENCODERS:
         hint = "it gives vectors: mmcli embed"
-    what = "captions" if generation.task == "caption" else "answers"
     saved = f" saved as {', '.join(architectures)}" if architectures else ""
-    known = sorted({name for family in WRITERS for name in family.names(generation.task)})
-    raise ConfigError(
-        f"-m {checkpoint.id}: model type {kind!r}{saved} is not supported for {what}. "
-        f"Supported are {', '.join(known)}",
-        hint=hint,
-    )
+    said = f"-m {checkpoint.id}: model type {kind!r}{saved} is not supported for {what}"
+    near = getattr(_row(kind, (), task), "model_class", None)
+    if near is not None:
+        return ConfigError(f"{said}; they need one saved as {near}", hint=hint)
+    known = sorted({name for family in WRITERS for name in family.names(task)})
+    return ConfigError(f"{said}. Supported are {', '.join(known)}", hint=hint)
+
+
+def _row(kind: str, architectures: tuple[str, ...], task: Task) -> Any:
+    found = (family.find(kind, architectures, task) for family in WRITERS)
+    return next((row for row in found if row is not None), None)
 
 
 def _open(options: ModelOptions, problems: list[str]) -> tuple[Checkpoint, str]:

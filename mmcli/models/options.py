@@ -32,9 +32,14 @@ class Generation:
     temperature     0: the likeliest token each time; else tokens are drawn from softmax(logits / temperature)
     seed            of the draws; a row's draws depend on it and on the row's own input alone
     questions       one answer to each; () for captions
-    variables       the columns that prompt, questions and system name, in the order of Record.variables
+    variables       the columns that prompt, questions and system name, features and boxes; in the order of
+                    Record.variables
     system          the system message of a chat model
     choices         the answer is one of these
+    answers         the names of the answers of a model that chooses among them, in its order, where its config.json
+                    does not tell them
+    features        the column, one of `variables`, with what a detector has found in the picture: float32 [n, D]
+    boxes           likewise, where that is: float32 [n, 4]
     schema          the answer is JSON that this JSON Schema allows; as canonical JSON text
     examples        solved cases, shown before each question
     chosen          each record has examples of its own: the last of Record.variables is a tuple of their indices
@@ -50,6 +55,9 @@ class Generation:
     variables: tuple[str, ...] = ()
     system: str | None = None
     choices: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    features: str | None = None
+    boxes: str | None = None
     schema: str | None = None
     examples: tuple[Example, ...] = ()
     chosen: bool = False
@@ -63,6 +71,9 @@ class Generation:
     def describe(self) -> dict[str, Any]:
         """As JSON values, for the fingerprint: what is set."""
         told = {name: value for name, value in asdict(self).items() if value not in ((), None)}
+        if self.answers:
+            # Thousands: in their place what identifies them.
+            told["answers"] = blake2b("\n".join(self.answers).encode(), digest_size=16).hexdigest()
         if self.examples:
             told["examples"] = [_described(example) for example in self.examples]
         return {**told, "do_sample": self.temperature > 0}

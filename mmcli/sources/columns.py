@@ -121,7 +121,7 @@ def select(options: SourceOptions, columns: Sequence[Column], manifest: str, emp
     keep = _chosen_keep(options.keep, by_name, manifest, problems)
     for name in options.variables:
         if name not in by_name:
-            problems.append(_missing(f"the prompt's {{{name}}}", name, by_name, manifest))
+            problems.append(_missing(options.said[name], name, by_name, manifest))
     if problems:
         raise ConfigError(problems)
     # An empty manifest has no records whose media could be of any kind.

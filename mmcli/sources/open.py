@@ -72,6 +72,7 @@ class SourceOptions:
     id_column       the column of a manifest that holds the ids
     keep            passthrough columns of a manifest; for JSONL and CSV with a type: `name:int`
     variables       columns of a manifest that prompts name
+    variables_said  how the command line names each of them, for messages
     hidden          also files and folders whose names begin with a dot
     input_format    read the inputs as parquet, jsonl, csv, tsv or paths, whatever their names
     live            make records from stdin as lines arrive, without a snapshot (rows are not known)
@@ -88,10 +89,17 @@ class SourceOptions:
     id_column: str | None = None
     keep: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
+    variables_said: tuple[str, ...] = ()
     hidden: bool = False
     follow_symlinks: bool = True
     input_format: str | None = None
     live: bool = False
+
+    @property
+    def said(self) -> dict[str, str]:
+        """How the command line names each of the variables."""
+        said = self.variables_said or [f"the prompt's {{{name}}}" for name in self.variables]
+        return dict(zip(self.variables, said, strict=True))
 
     @property
     def column_flags(self) -> list[str]:
@@ -105,6 +113,11 @@ class SourceOptions:
             "--id-column": self.id_column,
         }
         return [name for name, value in flags.items() if value is not None]
+
+    @property
+    def column_flags_of_media(self) -> list[str]:
+        """Those of them that say which columns are media."""
+        return [name for name in self.column_flags if name != "--id-column"]
 
 
 def open_source(options: SourceOptions, stdin: BinaryIO | None = None) -> Source:
@@ -284,10 +297,9 @@ def _metadata(folder: str) -> Manifest | None:
 
 
 def _folder_options(options: SourceOptions) -> SourceOptions:
-    media_given = set(options.column_flags) - {"--id-column"}
     return replace(
         options,
-        path_column=options.path_column if media_given else "file_name",
+        path_column=options.path_column if options.column_flags_of_media else "file_name",
         id_column=options.id_column or "file_name",
     )
 
@@ -338,11 +350,9 @@ def _check_together(options: SourceOptions, opened: Sequence[_Listings | Source]
             f"--keep {','.join(options.keep)}: only manifests have columns, not folders and files; leave it out"
         )
     if with_files and options.variables:
-        names = ", ".join(options.variables)
-        problems.append(
-            f"the columns that prompts name ({names}): only manifests have columns, not folders and files; "
-            "a brace itself is written twice: {{ or }}"
-        )
+        said = options.said.values()
+        braces = "; a brace itself is written twice: {{ or }}" if any("{" in one for one in said) else ""
+        problems.append(f"{', '.join(said)}: only manifests have columns, not folders and files{braces}")
     if not manifests and options.column_flags:
         flags = ", ".join(options.column_flags)
         problems.append(
