@@ -29,6 +29,8 @@ from PIL import Image
 TEXT = "a small red circle above two large blue stars on the left of a grey wall near water at night"
 HERE = Path(__file__).resolve().parent
 
+OURS = [sys.executable, "-m", "mmcli", "embed"]
+
 
 def make_images(folder: Path, count: int, size: tuple[int, int]) -> None:
     """JPEGs of smooth coloured noise: about the bytes and the decoding time of photos of that size."""
@@ -64,7 +66,7 @@ def commands(kind: str, peer: str, data: Path, model: str, work: Path) -> dict[s
     script = HERE / "peer_scripts.py"
     return {
         "mmcli": (
-            [sys.executable, "-m", "mmcli", "embed", str(data), "-m", model, "-o", str(ours), "--overwrite", "--quiet"],
+            [*OURS, str(data), "-m", model, "-o", str(ours), "--overwrite", "--quiet"],
             ours,
         ),
         peer: ([sys.executable, str(script), peer, kind, str(data), model, str(theirs)], theirs),

@@ -11,6 +11,8 @@ from mmcli.cli.options import (
     ModelArguments,
     OutputArguments,
     RunArguments,
+    SidecarArguments,
+    SpeechArguments,
     with_options,
 )
 
@@ -21,17 +23,22 @@ def caption(
     model: ModelArguments,
     endpoint: EndpointArguments,
     captions: CaptionArguments,
+    speech: SpeechArguments,
     generation: GenerationArguments,
     output: OutputArguments,
+    sidecars: SidecarArguments,
     run: RunArguments,
     messages: MessageArguments,
 ) -> int:
-    """Write a caption for every picture: one row per input, in order.
+    """Write a caption for every picture, or what is said in every sound: one row per input, in order.
 
     mmcli caption photos/ -m Salesforce/blip-image-captioning-base -o captions.parquet
 
-    BLIP, BLIP-2, GIT, VisionEncoderDecoder and Florence-2. Beside each caption stands what tells whether to trust
-    it: why it ended (stop, or length: cut), its tokens and their mean log-probability, whether it runs in a loop.
+    mmcli caption talks/ -m openai/whisper-small -o talks.parquet --srt
+
+    Sounds of any length are heard in windows; the column segments has the times. Beside each text stands what tells
+    whether to trust it: why it ended (stop, or length: cut), its tokens and their mean log-probability, whether it
+    runs in a loop.
 
     An interrupted run goes on when the same command is given again.
     """
@@ -39,8 +46,11 @@ def caption(
     from mmcli.cli.prompting import read_caption
     from mmcli.cli.run import execute
 
-    arguments = Arguments(inputs, model, output, run, messages)
+    arguments = Arguments(inputs, model, output, run, messages, sidecars)
     planner = WritePlanner(
-        arguments, generation, endpoint, lambda seed, problems: read_caption(captions, generation, seed, problems)
+        arguments,
+        generation,
+        endpoint,
+        lambda seed, problems: read_caption(captions, speech, generation, seed, problems),
     )
     return execute(arguments, planner)

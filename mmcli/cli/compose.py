@@ -20,6 +20,7 @@ from mmcli.cli.options import (
     ModelArguments,
     OutputArguments,
     RunArguments,
+    SidecarArguments,
 )
 from mmcli.cli.parse import Problems
 from mmcli.cli.signals import Signals
@@ -32,7 +33,7 @@ from mmcli.core.report import Report
 if TYPE_CHECKING:
     from mmcli.cli.prompting import Asked
     from mmcli.media.pool import Nursery
-    from mmcli.models.options import Endpoint, ModelOptions
+    from mmcli.models.options import Batch, Endpoint, Generation, ModelOptions
     from mmcli.sources.open import SourceOptions
 
 
@@ -45,6 +46,7 @@ class Arguments:
     output: OutputArguments
     run: RunArguments
     messages: MessageArguments
+    sidecars: SidecarArguments | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,20 +189,31 @@ class WritePlanner:
     def plan(self, problems: Problems) -> Planned | None:
         """Resolve the model and say how it writes."""
         from mmcli.models.options import Generation
+        from mmcli.models.plan import GenerationPlan
         from mmcli.models.resolve import resolve_writer
         from mmcli.tasks.write import Write
 
         options = _model_options(self._arguments, problems, "Salesforce/blip-image-captioning-base")
         if options is None:
             return None
-        options = replace(options, endpoint=_endpoint(self._endpoint, options.model, problems))
+        server = _endpoint(self._endpoint, options.model, self._arguments.output.format, problems)
+        options = replace(options, endpoint=server, extra_body=self._endpoint.extra_body)
         asked = self._asked
         plan = problems.collect(resolve_writer, options, Generation() if asked is None else asked.generation)
         if plan is None or asked is None:
             return None
         task = asked.generation.task
         column = "caption" if task == "caption" else "answer"
-        write = Write(task, column, plan.output, asked.names, asked.schema)
+        if plan.output != "speech":
+            _reject_speech(asked.generation, self._arguments, problems)
+        join = plan.open_joiner() if isinstance(plan, GenerationPlan) else None
+        write: Task
+        if plan.output == "requests":
+            from mmcli.tasks.requests import Requests
+
+            write = Requests(task, asked.names)
+        else:
+            write = Write(task, column, plan.output, asked.names, asked.schema, join)
         self._told |= {"exact_decode": options.exact_decode, "questions": ",".join(asked.names)}
         return Planned(plan, write, self._told)
 
@@ -215,18 +228,42 @@ class WritePlanner:
         return chosen
 
 
-def _endpoint(endpoint: EndpointArguments, model: str, problems: Problems) -> Endpoint | None:
-    """The server that runs the model; None when none is named."""
+def _reject_speech(generation: Generation, arguments: Arguments, problems: Problems) -> None:
+    """Add what only a model that hears can do."""
+    sidecars = arguments.sidecars
+    given = {
+        "--language": generation.language,
+        "--translate": generation.translate,
+        "--srt": sidecars is not None and sidecars.srt,
+        "--vtt": sidecars is not None and sidecars.vtt,
+    }
+    if flags := " and ".join(flag for flag, value in given.items() if value):
+        problems.add(f"{flags}: -m {arguments.model.model} does not hear speech; a Whisper does")
+
+
+def _endpoint(
+    endpoint: EndpointArguments, model: str, format_name: str | None, problems: Problems
+) -> Endpoint | Batch | None:
+    """What runs the model; None when nothing is named."""
     from mmcli.models.endpoint import PREFIX
-    from mmcli.models.options import Endpoint
+    from mmcli.models.options import Batch, Endpoint
 
     concurrency = problems.collect(parse.number, "--concurrency", endpoint.concurrency, 1)
     retry_s = problems.collect(parse.duration, "--retry-time", endpoint.retry_time)
     timeout_s = problems.collect(parse.duration, "--request-timeout", endpoint.request_timeout)
+    given: dict[str, object] = {
+        "--endpoint": endpoint.endpoint,
+        "--batch-results": endpoint.batch_results,
+        "--format openai-batch": format_name == "openai-batch",
+        "--extra-body": endpoint.extra_body,
+    }
+    flags = [flag for flag, value in given.items() if value]
+    if flags and not model.startswith(PREFIX):
+        problems.add(f"{flags[0]}: -m {model} runs here; a model of a server is -m {PREFIX}{model}")
+    if len(flags := [flag for flag in flags if flag != "--extra-body"]) > 1:
+        problems.add(f"{flags[0]} and {flags[1]} exclude one another; give one of them")
     if endpoint.endpoint is None:
-        return None
-    if not model.startswith(PREFIX):
-        problems.add(f"--endpoint: -m {model} runs here; a model of the server is -m {PREFIX}{model}")
+        return Batch(tuple(map(str, endpoint.batch_results or ()))) if flags else None
     return Endpoint(endpoint.endpoint, concurrency or 1, retry_s or 0.0, timeout_s or 1.0)
 
 
@@ -266,6 +303,7 @@ def prepare(
     problems = Problems()
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
+    _check_sidecars(arguments, problems)
     columns = planner.columns(problems)
     source = _source(arguments, columns, messages, problems)
     _check_not_an_input(arguments, problems)
@@ -335,6 +373,8 @@ def _source_options(arguments: Arguments, variables: tuple[str, ...], said: tupl
         input_format=inputs.input_format,
         # A list from a pipe may never end: its rows are answered as they come.
         live=arguments.output.output == "-",
+        # Else a second run would find those of the first among its inputs.
+        leave=("txt",) if arguments.sidecars is not None and arguments.sidecars.txt else (),
     )
 
 
@@ -367,11 +407,36 @@ def _check_output(output: OutputArguments, problems: Problems) -> None:
         if output.format not in (None, "jsonl"):
             problems.add(f"--format {output.format} cannot go to stdout, only jsonl; add e.g. -o out.parquet")
         return
-    from mmcli.sinks.formats import format_for
+    from mmcli.sinks.formats import RESULTS, format_for
 
     format_name = problems.collect(format_for, output.output, output.format)
+    if format_name in RESULTS and (output.update or output.retry_errors):
+        flag = "--update" if output.update else "--retry-errors"
+        problems.add(
+            f"{flag}: --format {format_name} holds no rows to go on from; keep a Parquet output, "
+            f"and make the {format_name} file anew with --overwrite"
+        )
     if output.retry_errors and format_name is not None:
         problems.collect(_check_exists, output.output, format_name)
+
+
+def _check_sidecars(arguments: Arguments, problems: Problems) -> None:
+    """Can they be written? As far as that can be told before anything is computed."""
+    wanted = arguments.sidecars
+    if wanted is None or not wanted.kinds:
+        if wanted is not None and wanted.replace_sidecars:
+            problems.add("--replace-sidecars: there are none; add --txt, --srt or --vtt")
+        return
+    from mmcli.sinks.formats import RESULTS
+
+    flags = " and ".join(f"--{kind}" for kind in wanted.kinds)
+    if arguments.output.output == "-":
+        problems.add(f"{flags}: written when all rows are there, from an output; add e.g. -o out.parquet")
+    if arguments.output.format in RESULTS:
+        problems.add(f"{flags}: made from the rows of an output, which --format {arguments.output.format} has not")
+    for name in arguments.inputs.inputs or ():
+        if os.path.isdir(name) and not os.access(name, os.W_OK):
+            problems.add(f"{flags}: the folder {name} cannot be written")
 
 
 def _check_exists(out: str, format_name: str) -> None:

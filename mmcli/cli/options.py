@@ -152,6 +152,22 @@ class CaptionArguments:
 
 
 @dataclass(frozen=True)
+class SpeechArguments:
+    """What is said in sounds."""
+
+    language: Annotated[
+        str | None,
+        _option(
+            GENERATION,
+            "--language",
+            "LANGUAGE",
+            "Of speech: de or german [found out for each sound, where the model knows several].",
+        ),
+    ] = None
+    translate: Annotated[bool, _option(GENERATION, "--translate", None, "Write in English what is said.")] = False
+
+
+@dataclass(frozen=True)
 class QuestionArguments:
     """What is asked."""
 
@@ -286,6 +302,15 @@ class EndpointArguments:
             "Of an OpenAI-compatible server, e.g. http://localhost:8000/v1, for -m openai:NAME.",
         ),
     ] = None
+    extra_body: Annotated[
+        str | None,
+        _option(
+            ENDPOINT,
+            "--extra-body",
+            "JSON",
+            """More of each request, e.g. '{"top_p": 0.9}'; null leaves out what would be there.""",
+        ),
+    ] = None
     concurrency: Annotated[str, _option(ENDPOINT, "--concurrency", "N", "Requests under way at most.")] = "8"
     retry_time: Annotated[
         str,
@@ -294,6 +319,15 @@ class EndpointArguments:
     request_timeout: Annotated[
         str, _option(ENDPOINT, "--request-timeout", "TIME", "An answer that takes longer is asked for again.")
     ] = "10m"
+    batch_results: Annotated[
+        list[Path] | None,
+        _option(
+            ENDPOINT,
+            "--batch-results",
+            "FILE",
+            "Take answers from results of an OpenAI batch, whose requests -f openai-batch wrote. Repeatable.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -305,7 +339,12 @@ class OutputArguments:
     ] = "-"
     format: Annotated[
         str | None,
-        _option(OUTPUT, "-f --format", "FORMAT", "parquet, jsonl or npy (clip-retrieval) [by the name of OUT]."),
+        _option(
+            OUTPUT,
+            "-f --format",
+            "FORMAT",
+            "parquet, jsonl, npy (clip-retrieval); results: coco, vqa; openai-batch [by the name of OUT].",
+        ),
     ] = None
     overwrite: Annotated[bool, _option(OUTPUT, "--overwrite", None, "Replace OUT and start anew.")] = False
     update: Annotated[
@@ -315,6 +354,31 @@ class OutputArguments:
     retry_errors: Annotated[
         bool, _option(OUTPUT, "--retry-errors", None, "Compute only the error rows of OUT again.")
     ] = False
+
+
+@dataclass(frozen=True)
+class SidecarArguments:
+    """Texts beside the files that they are of."""
+
+    txt: Annotated[
+        bool,
+        _option(OUTPUT, "--txt", None, "Write each caption beside its file too: a.jpg, a.txt (as kohya-ss reads)."),
+    ] = False
+    srt: Annotated[
+        bool, _option(OUTPUT, "--srt", None, "Write subtitles of speech beside each file: a.wav, a.srt.")
+    ] = False
+    vtt: Annotated[
+        bool, _option(OUTPUT, "--vtt", None, "Write WebVTT subtitles of speech beside each file: a.wav, a.vtt.")
+    ] = False
+    replace_sidecars: Annotated[
+        bool,
+        _option(OUTPUT, "--replace-sidecars", None, "Replace those that are there already and say something else."),
+    ] = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of mmcli.sinks.sidecars.SIDECARS."""
+        return tuple(kind for kind in ("txt", "srt", "vtt") if getattr(self, kind))
 
 
 @dataclass(frozen=True)

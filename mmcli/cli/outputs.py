@@ -6,11 +6,11 @@ from mmcli import __version__
 from mmcli.cli.compose import Prepared
 from mmcli.cli.retry import check_inputs
 from mmcli.cli.run import Target, announce, check_budget, list_inputs, run_engine
-from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
+from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, OutputError, Stopped, TryAgain
 from mmcli.core.protocols import Snapshot
 from mmcli.engines.table import Layout
 from mmcli.sinks.commit import Mode, Staging
-from mmcli.sinks.formats import format_for
+from mmcli.sinks.formats import RESULTS, format_for
 from mmcli.sinks.outputs import RunSpec
 
 GO_ON = "run the same command again to go on"
@@ -31,8 +31,17 @@ def run_to_output(prepared: Prepared) -> int:
         _resume(prepared, staging)
         if staging.complete:
             prepared.messages.note(f"{output.output} is complete already; nothing to compute")
+            failure = _write_sidecars(prepared, staging)
         else:
-            _compute(prepared, snapshot, staging, [f.name for f in layout.task_fields])
+            failure = _compute(prepared, snapshot, staging, [f.name for f in layout.task_fields])
+    if format_name in RESULTS and prepared.report.error_rows:
+        errors = prepared.report.error_rows
+        are = "error row is" if errors == 1 else "error rows are"
+        prepared.messages.note(
+            f"{errors:,} {are} not in {output.output}: {format_name} holds results only, -o NAME.parquet all rows"
+        )
+    if failure is not None:
+        raise failure
     return ExitCode.ROW_ERRORS if prepared.report.error_rows else ExitCode.OK
 
 
@@ -53,11 +62,14 @@ def _resume(prepared: Prepared, staging: Staging) -> None:
     check_budget(prepared)
 
 
-def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, columns: list[str]) -> None:
+def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, columns: list[str]) -> OutputError | None:
+    """Compute what is missing, and finish. Gives why sidecars could not be written."""
     target = Target(staging, staging.next_row, staging.previous(columns), want_signatures=True)
     out = prepared.arguments.output.output
     try:
         run_engine(prepared, snapshot, target)
+        # While the listing of the inputs is still there.
+        failure = _write_sidecars(prepared, staging)
         with prepared.signals.heard(), prepared.report.timed("finalise"):
             staging.finalise(snapshot.rows, snapshot.notes)
     except (Stopped, TryAgain) as stop:
@@ -67,3 +79,20 @@ def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, columns: 
     except ErrorBudgetExceeded as error:
         error.hint = f"mmcli inspect {out} --errors 10, to see why; the same command that allows more goes on"
         raise
+    return failure
+
+
+def _write_sidecars(prepared: Prepared, staging: Staging) -> OutputError | None:
+    """Those that are asked for, now that all rows are there. Gives why some could not be written."""
+    wanted = prepared.arguments.sidecars
+    if wanted is None or not wanted.kinds:
+        return None
+    from mmcli.sinks.sidecars import output_rows, write_sidecars
+
+    with prepared.signals.heard(), prepared.report.timed("finalise"):
+        rows = output_rows(staging.place, staging.complete, wanted.kinds)
+        tally = write_sidecars(prepared.source.records, rows, wanted.kinds, wanted.replace_sidecars)
+    prepared.messages.note(tally.line())
+    if tally.failure is not None:
+        tally.failure.hint = "the output itself is complete; the same command writes those that are missing"
+    return tally.failure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcli.cli import parse
 from mmcli.cli.compose import Columns
-from mmcli.cli.options import CaptionArguments, GenerationArguments, QuestionArguments
+from mmcli.cli.options import CaptionArguments, GenerationArguments, QuestionArguments, SpeechArguments
 from mmcli.cli.parse import Problems
 from mmcli.core.errors import ConfigError
 from mmcli.core.template import Template
@@ -54,14 +54,15 @@ class Asked:
 
 
 def read_caption(
-    caption: CaptionArguments, how: GenerationArguments, seed: int, problems: Problems
+    caption: CaptionArguments, speech: SpeechArguments, how: GenerationArguments, seed: int, problems: Problems
 ) -> Asked | None:
     """What `mmcli caption` asks; problems are added."""
     from mmcli.models.options import Generation
 
     before = len(problems.lines)
     prompt = problems.collect(_text, "--prompt", caption.prompt)
-    generation = _generation(Generation(prompt=prompt), how, seed, problems)
+    wanted = Generation(prompt=prompt, language=speech.language, translate=speech.translate)
+    generation = _generation(wanted, how, seed, problems)
     return Asked(("",), generation) if len(problems.lines) == before else None
 
 
@@ -125,6 +126,7 @@ def _generation(wanted: Generation, how: GenerationArguments, seed: int, problem
     wanted = replace(
         wanted,
         max_new_tokens=tokens or _TOKENS[kind],
+        limited=tokens is not None,
         num_beams=beams,
         temperature=temperature,
         seed=seed,

@@ -141,6 +141,47 @@ class Scored:
     top_k: tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a model has heard in one window of a sound.
+
+    tokens    what was written, timestamps among it, without beginning and end
+    window    seconds: of the window, and of it what the windows before and behind it hold, too
+    language  of the sound, a code such as "de"; None: a model of one language
+    The others are as those of Generated.
+    """
+
+    tokens: tuple[int, ...]
+    window: tuple[float, float, float]
+    language: str | None
+    finish_reason: Literal["stop", "length"]
+    n_tokens: int
+    mean_logprob: float
+    repetition: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is said in a sound.
+
+    language       as of Heard
+    segments       (start, end, text) of each, in seconds
+    n_windows      windows that the sound was cut into
+    finish_reason  "length" when any window was cut at the limit
+    n_tokens       of all windows; mean_logprob: over these
+    repetition     in any window
+    """
+
+    text: str
+    language: str | None
+    segments: tuple[tuple[float, float, str], ...]
+    n_windows: int
+    finish_reason: Literal["stop", "length"]
+    n_tokens: int
+    mean_logprob: float
+    repetition: bool
+
+
 @dataclass(slots=True)
 class Decoded:
     """What decode workers give: for each record one outcome per Sample, and the seconds that it took.

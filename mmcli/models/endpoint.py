@@ -6,18 +6,19 @@ endpoint_request, how in endpoint_client, and what comes back in endpoint_answer
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from mmcli.core.errors import ConfigError
-from mmcli.core.protocols import RecordProcessor, Runner
+from mmcli.core.protocols import RecordProcessor, Runner, WriterPlan
 from mmcli.core.records import MODALITIES, DecodeOptions, Modality, Sample
 from mmcli.models.endpoint_request import EndpointProcessor, Settings
-from mmcli.models.options import Endpoint, Generation, ModelOptions
+from mmcli.models.options import Batch, Endpoint, Generation, ModelOptions
 
 if TYPE_CHECKING:
     from mmcli.models.endpoint_client import Answers
@@ -36,6 +37,7 @@ class EndpointPlan:
 
     name      of the model, as the server knows it
     lossless  pictures are sent as PNG, whatever their size
+    extra     more fields of each request
     """
 
     name: str
@@ -43,6 +45,7 @@ class EndpointPlan:
     generation: Generation
     decode: DecodeOptions
     lossless: bool
+    extra: Mapping[str, Any] = field(default_factory=dict)
     modalities: frozenset[Modality] = frozenset(MODALITIES)
 
     @property
@@ -56,6 +59,11 @@ class EndpointPlan:
         """Requests that the engine hands over at a time."""
         return max(LEAST_BATCH, BATCHES_AHEAD * self.endpoint.concurrency)
 
+    @property
+    def settings(self) -> Settings:
+        """What each request says beside its messages, if the server takes it."""
+        return Settings.of(self.name, self.generation, self.extra)
+
     def describe(self) -> dict[str, Any]:
         """What identifies the texts, as far as it is known here: the server may change its model."""
         return {
@@ -63,6 +71,7 @@ class EndpointPlan:
             "family": "endpoint",
             "endpoint": self.endpoint.url,
             "frames": self.decode.num_frames,
+            "extra_body": json.dumps(self.extra, sort_keys=True) if self.extra else None,
             "generation": self.generation.describe(),
         }
 
@@ -81,9 +90,8 @@ class EndpointRunner:
         from mmcli.models.endpoint_answer import AnswerReader
         from mmcli.models.endpoint_client import Client
 
-        settings = Settings.of(plan.name, plan.generation)
         try:
-            self._client = Client(plan.endpoint, settings, AnswerReader(plan.generation), api_key())
+            self._client = Client(plan.endpoint, plan.settings, AnswerReader(plan.generation), api_key())
         except (ImportError, ValueError) as error:
             # httpx takes proxies from the environment.
             raise ConfigError(f"HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: {error}") from error
@@ -111,15 +119,19 @@ def api_key() -> str | None:
     return key or None
 
 
-def resolve_endpoint(options: ModelOptions, generation: Generation) -> EndpointPlan:
+def resolve_endpoint(options: ModelOptions, generation: Generation) -> WriterPlan:
     """The plan of `openai:NAME`. Raises ConfigError with every problem."""
-    name, problems = options.model.removeprefix(PREFIX), []
+    name, problems, server = options.model.removeprefix(PREFIX), [], options.endpoint
     if not name.strip():
         problems.append(f"-m {options.model}: the model's name is missing, e.g. openai:Qwen/Qwen2.5-VL-3B-Instruct")
-    if options.endpoint is None:
+    if server is None:
         problems.append(f"-m {options.model} needs the address of the server; add --endpoint http://HOST:PORT/v1")
-    elif (problem := _url_problem(options.endpoint.url)) is not None:
+    elif isinstance(server, Endpoint) and (problem := _url_problem(server.url)) is not None:
         problems.append(problem)
+    elif isinstance(server, Batch):
+        missing = [name for name in server.results if not os.path.isfile(name)]
+        problems += [f"--batch-results {name}: there is no such file" for name in missing]
+    extra = _extra(options.extra_body, problems)
     if generation.num_beams > 1:
         problems.append(f"--num-beams {generation.num_beams}: servers write with one; leave it out")
     here = {
@@ -131,17 +143,40 @@ def resolve_endpoint(options: ModelOptions, generation: Generation) -> EndpointP
     problems += [
         f"{flag} is for models that run here, not on a server; leave it out" for flag, v in here.items() if v
     ]
-    if problems or options.endpoint is None:
+    if problems or server is None:
         raise ConfigError(problems)
     api_key()
-    return EndpointPlan(
+    url = "" if isinstance(server, Batch) else server.url.removesuffix("/chat/completions").rstrip("/")
+    plan = EndpointPlan(
         name=name,
-        endpoint=replace(options.endpoint, url=options.endpoint.url.removesuffix("/chat/completions").rstrip("/")),
+        endpoint=Endpoint(url) if isinstance(server, Batch) else replace(server, url=url),
         generation=generation,
         # What the server makes of a sound or a picture is not known: as they are.
         decode=DecodeOptions(num_frames=options.frames, exact_decode=True),
         lossless=options.exact_decode,
+        extra=extra,
     )
+    if not isinstance(server, Batch):
+        return plan
+    from mmcli.models.endpoint_batch import BatchPlan
+
+    return BatchPlan(plan, server.results)
+
+
+def _extra(text: str | None, problems: list[str]) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        problems.append(f"--extra-body {text!r} is no JSON: {error}")
+        return {}
+    if not isinstance(found, dict) or "messages" in found or "model" in found or found.get("stream"):
+        problems.append(
+            f"""--extra-body {text!r}: give fields such as '{{"top_p": 0.9}}'; not model, messages, stream"""
+        )
+        return {}
+    return found
 
 
 def _url_problem(url: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Settings:
     fields: Mapping[str, Any]
 
     @classmethod
-    def of(cls, model: str, generation: Generation) -> Settings:
-        """All that the Generation wants to be known."""
+    def of(cls, model: str, generation: Generation, extra: Mapping[str, Any]) -> Settings:
+        """All that the Generation wants to be known, and `extra`: None takes a field out."""
         fields: dict[str, Any] = {
             "model": model,
             "max_tokens": generation.max_new_tokens,
@@ -54,7 +55,8 @@ class Settings:
         if (schema := answer_schema(generation)) is not None:
             form = {"name": CHOICE_FIELD, "schema": schema, "strict": True}
             fields["response_format"] = {"type": "json_schema", "json_schema": form}
-        return cls(fields)
+        fields |= extra
+        return cls({name: value for name, value in fields.items() if value is not None})
 
     def body(self, messages: bytes) -> bytes:
         """The JSON of a request, of that of its messages."""
@@ -88,7 +90,8 @@ class Settings:
 
     def names_model(self, complaint: str) -> bool:
         """Whether a complaint is about the model's name."""
-        return str(self.fields["model"]) in complaint and "model" in complaint.lower()
+        name = re.escape(str(self.fields["model"]))
+        return "model" in complaint.lower() and re.search(rf"(?<!\w){name}(?!\w)", complaint) is not None
 
 
 def answer_schema(generation: Generation) -> Any:

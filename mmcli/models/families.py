@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from mmcli.core.errors import ConfigError
-from mmcli.models import captioner, chat, dual_encoder, encoder, vqa
+from mmcli.models import captioner, chat, dual_encoder, encoder, speech, vqa
 from mmcli.models.checkpoint import Checkpoint, open_checkpoint
 from mmcli.models.device import check_device, choose_dtype
 from mmcli.models.facts import OUTPUTS, POOLINGS
@@ -35,7 +35,7 @@ class WriterFamily(Protocol):
 
 
 # In the order in which they are asked.
-WRITERS: tuple[WriterFamily, ...] = (captioner, vqa, chat)
+WRITERS: tuple[WriterFamily, ...] = (captioner, vqa, chat, speech)
 
 
 def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:

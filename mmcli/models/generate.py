@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmcli.core.records import Generated, Sample
+from mmcli.models.decoding import Decoding, Written
 from mmcli.models.loops import has_loop
-from mmcli.models.options import Generation
 from mmcli.models.plan import GenerationPlan
 from mmcli.models.runner import Batch, TorchRunner, join, stack
 
@@ -77,24 +77,20 @@ class GenerationRunner(TorchRunner):
     @torch.inference_mode()
     def forward(self, batch: TextBatch) -> list[Generated]:
         """One text per sample. Raises torch.OutOfMemoryError."""
-        inputs = self.to_device(batch)
-        trace = Trace(self._generation, batch.seeds)
-        beams = self._generation.num_beams > 1
-        output = self._writer.generate(
-            **inputs,
-            max_new_tokens=self._generation.max_new_tokens,
-            num_beams=self._generation.num_beams,
-            # Draws are made by Trace, which leaves the likeliest token to be what was drawn.
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=beams,
-            logits_processor=LogitsProcessorList([] if beams else [trace]),
-        )
-        logprobs = beam_logprobs(output) if beams else torch.stack(trace.logprobs, dim=1)
-        # Decoders give their prompt back, before what they wrote.
-        tokens = output.sequences[:, output.sequences.shape[1] - logprobs.shape[1] :]
-        rows = zip(tokens.tolist(), logprobs.double().cpu().numpy(), strict=True)
-        return [self._generated(row, scores) for row, scores in rows]
+        inputs, generation = self.to_device(batch), self._generation
+        limits = {"max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
+        # Draws, too, are made by Decoding.
+        generate = partial(self._writer.generate, **inputs, **limits, do_sample=False)
+        if generation.num_beams > 1:
+            output = generate(return_dict_in_generate=True, output_logits=True)
+            logprobs = beam_logprobs(output).cpu()
+            # Decoders give their prompt back, before what they wrote.
+            tokens = output.sequences[:, output.sequences.shape[1] - logprobs.shape[1] :].cpu()
+            written = Written(tokens, logprobs, torch.full((len(tokens),), tokens.shape[1]))
+        else:
+            written = generate(custom_generate=Decoding(generation.temperature, batch.seeds))
+        rows = zip(written.tokens.tolist(), written.logprobs.double().numpy(), written.lengths, strict=True)
+        return [self._generated(tokens[:length], scores) for tokens, scores, length in rows]
 
     def _generated(self, tokens: list[int], logprobs: np.ndarray) -> Generated:
         writer, limit = self._writer, self._generation.max_new_tokens
@@ -107,36 +103,6 @@ class GenerationRunner(TorchRunner):
             mean = math.nan
         text = writer.decode(written)
         return Generated(text, "stop" if stopped else "length", count, mean, has_loop(written))
-
-
-class Trace(LogitsProcessor):  # type: ignore[misc]
-    """Notes the log-probability of the token that each step chooses; draws it where tokens are drawn.
-
-    Drawn by the Gumbel-max trick (argmax of logits / T + Gumbel noise is distributed as softmax(logits / T), Gumbel
-    1954): from one generator a row, on the host, so that a row's draws are the same in every batch and on every
-    device. Comes last: after what the checkpoint's generation_config.json forbids. The log-probability is that
-    of temperature 1.
-
-    logprobs  float32 [n] for each step
-    """
-
-    def __init__(self, generation: Generation, seeds: Sequence[int]) -> None:
-        self._temperature = generation.temperature
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.logprobs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = chosen_by = scores.float()
-        if self._generators:
-            chosen_by = logits / self._temperature + self._noise(logits)
-        chosen = chosen_by.argmax(dim=-1, keepdim=True)
-        self.logprobs.append(logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1))
-        return chosen_by
-
-    def _noise(self, logits: torch.Tensor) -> torch.Tensor:
-        uniform = torch.stack([torch.rand(logits.shape[1], generator=g) for g in self._generators])
-        tiny = torch.finfo(torch.float32).tiny
-        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log().to(logits.device)
 
 
 def beam_logprobs(output: Any) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Generation:
     prompt          of captions: what the text goes on from, a Florence-2 task, or what a chat model is told; None:
                     the model's own beginning
     max_new_tokens  a text is cut there
+    limited         whether that was asked for: else a model may have a limit of its own
     num_beams       1: greedy, or sampling
     temperature     0: the likeliest token each time; else tokens are drawn from softmax(logits / temperature)
     seed            of the draws; a row's draws depend on it and on the row's own input alone
@@ -44,6 +45,8 @@ class Generation:
     examples        solved cases, shown before each question
     chosen          each record has examples of its own: the last of Record.variables is a tuple of their indices
     task            "caption" or "ask"
+    language        of speech: a code or a name; None: found out for each sound, where the model knows several
+    translate       what is said is written in English
     """
 
     prompt: str | None = None
@@ -62,6 +65,9 @@ class Generation:
     examples: tuple[Example, ...] = ()
     chosen: bool = False
     task: Task = "caption"
+    limited: bool = True
+    language: str | None = None
+    translate: bool = False
 
     @property
     def prompts(self) -> tuple[str | None, ...]:
@@ -71,6 +77,7 @@ class Generation:
     def describe(self) -> dict[str, Any]:
         """As JSON values, for the fingerprint: what is set."""
         told = {name: value for name, value in asdict(self).items() if value not in ((), None)}
+        del told["limited"]
         if self.answers:
             # Thousands: in their place what identifies them.
             told["answers"] = blake2b("\n".join(self.answers).encode(), digest_size=16).hexdigest()
@@ -104,6 +111,16 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """A service that is sent requests in a file, and answers in files.
+
+    results  these; () as long as the requests are to be written
+    """
+
+    results: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelOptions:
     """Unresolved options of one model.
 
@@ -119,7 +136,8 @@ class ModelOptions:
     trust_remote_code    run Python code that comes with the checkpoint
     allow_pickle         load weights that are not safetensors
     exact_decode         decode large JPEGs at full size
-    endpoint             the server that runs `openai:NAME`
+    endpoint             what runs `openai:NAME`
+    extra_body           more of its requests, as JSON: a null takes out what would be there
     """
 
     model: str
@@ -135,4 +153,5 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     exact_decode: bool = False
-    endpoint: Endpoint | None = None
+    endpoint: Endpoint | Batch | None = None
+    extra_body: str | None = None

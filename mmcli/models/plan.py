@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.options import Generation
 
 # What the outputs of a model that writes are: see GenerationPlan.
-Output = Literal["text", "json", "scores"]
+Output = Literal["text", "json", "scores", "speech"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +145,15 @@ class GenerationPlan(CheckpointPlan):
     processor  "module:function" that opens what runs in the decode workers: plan -> RecordProcessor
     runner     "module:class" of its Runner, made with the plan; its loader gives what that runner wants
     output     what a Sample's output is: "text": mmcli.core.records.Generated; "json": likewise, a text that the
-               schema allows; "scores": Scored
+               schema allows; "scores": Scored; "speech": Heard
+    joiner     "module:function": plan -> what makes one output of all outputs of a record (speech: a Transcript)
     """
 
     generation: Generation
     processor: str
     runner: str = "mmcli.models.generate:GenerationRunner"
     output: Output = "text"
+    joiner: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """What identifies the texts: how they are generated, too."""
@@ -158,6 +161,13 @@ class GenerationPlan(CheckpointPlan):
 
     def open_processor(self) -> RecordProcessor:
         opened: RecordProcessor = _imported(self.processor)(self)
+        return opened
+
+    def open_joiner(self) -> Callable[[Sequence[Any]], Any] | None:
+        """What makes one output of all those of a record; None where each stands for itself."""
+        if self.joiner is None:
+            return None
+        opened: Callable[[Sequence[Any]], Any] = _imported(self.joiner)(self)
         return opened
 
     def load(self) -> Runner:

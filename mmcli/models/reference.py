@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from mmcli.models.captioner import CAPTIONERS
+from mmcli.models.chat import CHATS
 from mmcli.models.dual_encoder import BY_ARCHITECTURE, DUAL_ENCODERS, DualEncoder
 from mmcli.models.encoder import ENCODERS
 from mmcli.models.sentence import MODULES
+from mmcli.models.speech import SPEECH
+from mmcli.models.vqa import CLASSIFIERS
 
 _HEAD = """\
 # Models
@@ -48,6 +52,18 @@ Exactly as that library: the modules of `modules.json`, one after the other, wit
 prompt and normalisation. Known modules: {modules}.
 A directory with another module is refused by its name.
 """
+_WRITERS = """
+## Models that write
+
+For `mmcli caption` and `mmcli ask`. Which one a checkpoint is follows from its `model_type` and the class that it
+was saved as. A model of several pictures sees a clip as `--frames` of them; one of clips gets the same frames as a
+clip, with their times. Other types that transformers knows as image-text-to-text, and causal language models, are
+talked to by their chat template: how the arrays of their processor are batched is found out by trying two records
+alone and together, and what cannot be settled so is an error.
+
+| family | model_type | saved as | caption | ask | takes |
+| --- | --- | --- | --- | --- | --- |
+"""
 
 
 def reference() -> str:
@@ -65,7 +81,36 @@ def reference() -> str:
         for (modality, poolings), names in sorted(kinds.items(), key=lambda item: (_ORDER[item[0][0]], item[1]))
     ]
     sentence = _SENTENCE.format(modules=", ".join(MODULES))
-    return _HEAD + _DUAL + "\n".join(duals) + "\n" + _ENCODER + "\n".join(encoders) + "\n" + sentence
+    pages = (_DUAL, duals), (_ENCODER, encoders), (_WRITERS, _writers())
+    return _HEAD + "".join(head + "\n".join(lines) + "\n" for head, lines in pages) + sentence
+
+
+def _writers() -> list[str]:
+    """A line for each class of each family that writes."""
+    takes: dict[tuple[str, str, str], str] = {}
+    tasks: dict[tuple[str, str, str], list[str]] = {}
+
+    def add(family: str, kind: str, saved: str, task: str, taken: str) -> None:
+        takes[family, kind, saved] = taken
+        tasks.setdefault((family, kind, saved), []).append(task)
+
+    for task, captioners in CAPTIONERS.items():
+        for kind, captioner in captioners.items():
+            add("captioner", kind, captioner.model_class, task, "image")
+    for kind, classifier in CLASSIFIERS.items():
+        regions = classifier.regions
+        seen = "image" if regions is None else "features of regions" + (" and boxes" if regions.boxes else "")
+        add("VQA", kind, classifier.model_class, "ask", seen)
+    for kind, chat in CHATS.items():
+        for task in ("caption", "ask"):
+            add("chat", kind, chat.model_class, task, ", ".join(chat.modalities))
+    for kind, speech in SPEECH.items():
+        add("speech", kind, speech.model_class, "caption", "audio")
+    return [
+        f"| {' | '.join(key)} | {' | '.join('yes' if task in tasks[key] else '' for task in ('caption', 'ask'))} "
+        f"| {taken} |"
+        for key, taken in takes.items()
+    ]
 
 
 _ORDER = {"text": 0, "image": 1, "audio": 2, "video": 3}

@@ -15,17 +15,24 @@ from mmcli.core.protocols import Format
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# name -> "module:attribute" of a class as described by mmcli.core.protocols.Format
+# name -> "module:attribute" of what makes a mmcli.core.protocols.Format
 FORMATS = {
     "parquet": "mmcli.sinks.parquet:ParquetFormat",
     "jsonl": "mmcli.sinks.jsonl:JsonlFormat",
     "npy": "mmcli.sinks.npy:NpyFormat",
+    "coco": "mmcli.sinks.exports:coco",
+    "vqa": "mmcli.sinks.exports:vqa",
+    "openai-batch": "mmcli.sinks.openai_batch:OpenAIBatchFormat",
 }
 # suffix -> name
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+# name -> what its suffixes mean without it
+_IS_ALSO = {"openai-batch": "jsonl"}
 # What an output can be: a file, a folder, or both.
-FILE_FORMATS = ("parquet", "jsonl")
+FILE_FORMATS = ("parquet", "jsonl", "coco", "vqa", "openai-batch")
 FOLDER_FORMATS = ("parquet", "npy")
+# Those that hold no rows, only the results of good ones: nothing can be read back from them.
+RESULTS = ("coco", "vqa", "openai-batch")
 
 
 class RereadableFormat(Format, Protocol):
@@ -92,7 +99,7 @@ def _folder_format(out: str, name: str | None) -> str:
     if os.path.isfile(out.rstrip(os.sep)):
         raise ConfigError(f"-o {out} ends with {os.sep}, but is a file; choose another name")
     if name is not None and name not in FOLDER_FORMATS:
-        instead = f"{out.rstrip(os.sep)}.{name}"
+        instead = f"{out.rstrip(os.sep)}.{'jsonl' if name in _IS_ALSO else 'json' if name in RESULTS else name}"
         raise ConfigError(f"--format {name} makes one file, but -o {out} is a folder; give e.g. -o {instead}")
     return name or "parquet"
 
@@ -104,7 +111,7 @@ def _file_format(out: str, name: str | None) -> str:
         if by_suffix is None:
             raise ConfigError(_unknown_suffix(out, suffix))
         return by_suffix
-    if by_suffix is not None and by_suffix != name:
+    if by_suffix is not None and by_suffix not in (name, _IS_ALSO.get(name)):
         raise ConfigError(f"--format {name} contradicts -o {out}, which means {by_suffix}; change one of them")
     if name not in FILE_FORMATS and os.path.isfile(out):
         raise ConfigError(f"--format {name} makes a folder, but -o {out} is a file; choose another name")
@@ -114,6 +121,8 @@ def _file_format(out: str, name: str | None) -> str:
 def _unknown_suffix(out: str, suffix: str) -> str:
     if suffix in (".npy", ".npz"):
         return f"-o {out}: the npy format is a folder of arrays; give -o {out[: -len(suffix)]}/ --format npy"
+    if suffix == ".json":
+        return f"-o {out}: a .json is a list of results, of one of several kinds; add --format coco or --format vqa"
     close = difflib.get_close_matches(suffix, SUFFIXES, 1) if suffix else []
     meant = f"did you mean {out[: -len(suffix)]}{close[0]}? " if close else ""
     known = ", ".join(SUFFIXES)

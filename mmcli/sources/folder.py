@@ -73,12 +73,14 @@ class FolderRules:
 
     glob      shell patterns, any of which a file must match; all files when empty
     pattern   set for a quoted wildcard input: its part after the folder; all that match are rows
+    leave     extensions of files that are no rows: what the run itself writes beside them
     """
 
     glob: tuple[str, ...] = ()
     pattern: str | None = None
     hidden: bool = False
     follow_symlinks: bool = True
+    leave: frozenset[str] = frozenset()
 
 
 class FolderListing:
@@ -135,10 +137,11 @@ class FolderListing:
         if self._globs and not any(g.fullmatch(name) for g in self._globs):
             self.skipped.unmatched += self.rules.pattern is None
             return False
-        if guess_modality(name) is not None or any(g.fullmatch(name) for g in self._explicit):
-            return True
         ext = extension(name)
-        if ext not in NOT_MEDIA and _is_media(base + relative):
+        left = ext in self.rules.leave
+        if not left and (guess_modality(name) is not None or any(g.fullmatch(name) for g in self._explicit)):
+            return True
+        if not left and ext not in NOT_MEDIA and _is_media(base + relative):
             return True
         self.skipped.extensions["." + shown(ext) if ext else "without an extension"] += 1
         return False

@@ -76,6 +76,7 @@ class SourceOptions:
     hidden          also files and folders whose names begin with a dot
     input_format    read the inputs as parquet, jsonl, csv, tsv or paths, whatever their names
     live            make records from stdin as lines arrive, without a snapshot (rows are not known)
+    leave           extensions of files of folders that are no rows: what the run itself writes beside them
     """
 
     inputs: tuple[str, ...]
@@ -94,6 +95,7 @@ class SourceOptions:
     follow_symlinks: bool = True
     input_format: str | None = None
     live: bool = False
+    leave: tuple[str, ...] = ()
 
     @property
     def said(self) -> dict[str, str]:
@@ -254,7 +256,7 @@ def _open_pattern(name: str, options: SourceOptions, opened: list[_Listings | So
 def _rules(options: SourceOptions) -> FolderRules:
     from mmcli.sources.folder import FolderRules
 
-    return FolderRules(options.glob, None, options.hidden, options.follow_symlinks)
+    return FolderRules(options.glob, None, options.hidden, options.follow_symlinks, frozenset(options.leave))
 
 
 def _not_found(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmcli.core.errors import RowError
-from mmcli.core.records import Generated, Modality, Record, Result, Scored
+from mmcli.core.records import Generated, Modality, Record, Result, Scored, Transcript
 from mmcli.core.refusal import is_refusal
 from mmcli.core.schema import arrow_type, validate
 
@@ -44,18 +44,33 @@ def _of_scored(one: Scored) -> tuple[Any, ...]:
     return one.answer, one.score, [{"answer": answer, "score": score} for answer, score in one.top_k]
 
 
+def _of_transcript(one: Transcript) -> tuple[Any, ...]:
+    if math.isnan(one.mean_logprob):
+        raise RowError("nonfinite", "the model gave NaN or infinite scores", stage="model")
+    if not one.text:
+        windows = "1 window" if one.n_windows == 1 else f"{one.n_windows} windows"
+        raise RowError("empty_output", f"no speech was found in {windows} of sound", stage="post")
+    segments = [{"start": start, "end": end, "text": text} for start, end, text in one.segments]
+    trust = one.finish_reason, one.n_tokens, one.mean_logprob, one.repetition
+    return one.text, one.language, segments, one.n_windows, *trust
+
+
 _TRUST = {
     "finish_reason": pa.string(),
     "n_tokens": pa.int32(),
     "mean_logprob": pa.float32(),
     "repetition": pa.bool_(),
-    "refusal": pa.bool_(),
 }
+_WRITTEN = {**_TRUST, "refusal": pa.bool_()}
+_SEGMENT = pa.struct([("start", pa.float64()), ("end", pa.float64()), ("text", pa.string())])
 
 # What a plan's `output` says -> what becomes of it.
 KINDS = {
-    "text": Kind(_TRUST, _of_generated),
-    "json": Kind(_TRUST, _of_generated),
+    "text": Kind(_WRITTEN, _of_generated),
+    "json": Kind(_WRITTEN, _of_generated),
+    "speech": Kind(
+        {"language": pa.string(), "segments": pa.list_(_SEGMENT), "n_windows": pa.int32(), **_TRUST}, _of_transcript
+    ),
     "scores": Kind(
         {
             "score": pa.float32(),
@@ -75,6 +90,7 @@ class Write:
     kind       one of KINDS
     questions  names that begin the columns of each, `colour_answer`; ("",) for one question: `answer`
     schema     the JSON Schema of every text; the column is of the Arrow type that fits it, or its JSON text
+    join       makes one output of all that a record has (of the windows of a sound); None: one for each question
     """
 
     name: str
@@ -82,6 +98,7 @@ class Write:
     kind: str = "text"
     questions: tuple[str, ...] = ("",)
     schema: dict[str, Any] | None = None
+    join: Callable[[Sequence[Any]], Any] | None = None
 
     @property
     def _type(self) -> pa.DataType | None:
@@ -96,12 +113,12 @@ class Write:
             for name, kind in columns.items()
         ]
 
-    def result(
-        self, record: Record, modalities: Sequence[Modality], outputs: Sequence[Generated | Scored]
-    ) -> Result:
+    def result(self, record: Record, modalities: Sequence[Modality], outputs: Sequence[Any]) -> Result:
         """A record's outputs, one for each question -> its row; a bad one becomes an error of the row."""
         values: list[Any] = []
         try:
+            if self.join is not None:
+                outputs = [self.join(outputs)]
             for output in outputs:
                 text, *others = KINDS[self.kind].values(output)
                 values += [self._value(text, output), *others]
