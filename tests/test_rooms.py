@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +69,8 @@ def test_core_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["embed", "--help"], ["inspect", "--help"], ["--version"], ["embd"]]
+    "arguments",
+    [["--help"], ["embed", "--help"], ["ask", "--help"], ["inspect", "--help"], ["--version"], ["embd"]],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -82,12 +83,17 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_is_quick() -> None:
-    """Within 0.3 s; the best of several, since other processes may be busy."""
+    """0.3 s of computing at most; the best of several, since other processes may be busy."""
     best = 1e9
     for _ in range(10):
-        start = time.perf_counter()
+        start = _seconds_of_children()
         subprocess.run([sys.executable, "-m", "mmcli", "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, _seconds_of_children() - start)
         if best < 0.3:
             break
     assert best < 0.3
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
