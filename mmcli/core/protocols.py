@@ -127,12 +127,11 @@ class EmbeddingModelPlan(ModelPlan, Protocol):
 class WriterPlan(ModelPlan, Protocol):
     """The plan of a model that writes.
 
-    output  what a Sample's output is: "text": Generated; "json": likewise, JSON; "scores": Scored; "speech": Heard;
-            "requests": the body of a request, bytes
+    output  what a Sample's output is: "text": Generated; "json": likewise, JSON; "scores": Scored; "speech": Heard
     """
 
     @property
-    def output(self) -> Literal["text", "json", "scores", "speech", "requests"]: ...
+    def output(self) -> Literal["text", "json", "scores", "speech"]: ...
 
 
 class Runner(Protocol):

@@ -111,16 +111,6 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A service that is sent requests in a file, and answers in files.
-
-    results  these; () as long as the requests are to be written
-    """
-
-    results: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ModelOptions:
     """Unresolved options of one model.
 
@@ -136,8 +126,7 @@ class ModelOptions:
     trust_remote_code    run Python code that comes with the checkpoint
     allow_pickle         load weights that are not safetensors
     exact_decode         decode large JPEGs at full size
-    endpoint             what runs `openai:NAME`
-    extra_body           more of its requests, as JSON: a null takes out what would be there
+    endpoint             the server that runs `openai:NAME`
     """
 
     model: str
@@ -153,5 +142,4 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     exact_decode: bool = False
-    endpoint: Endpoint | Batch | None = None
-    extra_body: str | None = None
+    endpoint: Endpoint | None = None
