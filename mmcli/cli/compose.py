@@ -33,7 +33,7 @@ from mmcli.core.report import Report
 if TYPE_CHECKING:
     from mmcli.cli.prompting import Asked
     from mmcli.media.pool import Nursery
-    from mmcli.models.options import Endpoint, Generation, ModelOptions
+    from mmcli.models.options import Batch, Endpoint, Generation, ModelOptions
     from mmcli.sources.open import SourceOptions
 
 
@@ -196,7 +196,8 @@ class WritePlanner:
         options = _model_options(self._arguments, problems, "Salesforce/blip-image-captioning-base")
         if options is None:
             return None
-        options = replace(options, endpoint=_endpoint(self._endpoint, options.model, problems))
+        server = _endpoint(self._endpoint, options.model, self._arguments.output.format, problems)
+        options = replace(options, endpoint=server, extra_body=self._endpoint.extra_body)
         asked = self._asked
         plan = problems.collect(resolve_writer, options, Generation() if asked is None else asked.generation)
         if plan is None or asked is None:
@@ -206,7 +207,13 @@ class WritePlanner:
         if plan.output != "speech":
             _reject_speech(asked.generation, self._arguments, problems)
         join = plan.open_joiner() if isinstance(plan, GenerationPlan) else None
-        write = Write(task, column, plan.output, asked.names, asked.schema, join)
+        write: Task
+        if plan.output == "requests":
+            from mmcli.tasks.requests import Requests
+
+            write = Requests(task, asked.names)
+        else:
+            write = Write(task, column, plan.output, asked.names, asked.schema, join)
         self._told |= {"exact_decode": options.exact_decode, "questions": ",".join(asked.names)}
         return Planned(plan, write, self._told)
 
@@ -234,18 +241,29 @@ def _reject_speech(generation: Generation, arguments: Arguments, problems: Probl
         problems.add(f"{flags}: -m {arguments.model.model} does not hear speech; a Whisper does")
 
 
-def _endpoint(endpoint: EndpointArguments, model: str, problems: Problems) -> Endpoint | None:
-    """The server that runs the model; None when none is named."""
+def _endpoint(
+    endpoint: EndpointArguments, model: str, format_name: str | None, problems: Problems
+) -> Endpoint | Batch | None:
+    """What runs the model; None when nothing is named."""
     from mmcli.models.endpoint import PREFIX
-    from mmcli.models.options import Endpoint
+    from mmcli.models.options import Batch, Endpoint
 
     concurrency = problems.collect(parse.number, "--concurrency", endpoint.concurrency, 1)
     retry_s = problems.collect(parse.duration, "--retry-time", endpoint.retry_time)
     timeout_s = problems.collect(parse.duration, "--request-timeout", endpoint.request_timeout)
+    given: dict[str, object] = {
+        "--endpoint": endpoint.endpoint,
+        "--batch-results": endpoint.batch_results,
+        "--format openai-batch": format_name == "openai-batch",
+        "--extra-body": endpoint.extra_body,
+    }
+    flags = [flag for flag, value in given.items() if value]
+    if flags and not model.startswith(PREFIX):
+        problems.add(f"{flags[0]}: -m {model} runs here; a model of a server is -m {PREFIX}{model}")
+    if len(flags := [flag for flag in flags if flag != "--extra-body"]) > 1:
+        problems.add(f"{flags[0]} and {flags[1]} exclude one another; give one of them")
     if endpoint.endpoint is None:
-        return None
-    if not model.startswith(PREFIX):
-        problems.add(f"--endpoint: -m {model} runs here; a model of the server is -m {PREFIX}{model}")
+        return Batch(tuple(map(str, endpoint.batch_results or ()))) if flags else None
     return Endpoint(endpoint.endpoint, concurrency or 1, retry_s or 0.0, timeout_s or 1.0)
 
 

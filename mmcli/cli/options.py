@@ -302,6 +302,15 @@ class EndpointArguments:
             "Of an OpenAI-compatible server, e.g. http://localhost:8000/v1, for -m openai:NAME.",
         ),
     ] = None
+    extra_body: Annotated[
+        str | None,
+        _option(
+            ENDPOINT,
+            "--extra-body",
+            "JSON",
+            """More of each request, e.g. '{"top_p": 0.9}'; null leaves out what would be there.""",
+        ),
+    ] = None
     concurrency: Annotated[str, _option(ENDPOINT, "--concurrency", "N", "Requests under way at most.")] = "8"
     retry_time: Annotated[
         str,
@@ -310,6 +319,15 @@ class EndpointArguments:
     request_timeout: Annotated[
         str, _option(ENDPOINT, "--request-timeout", "TIME", "An answer that takes longer is asked for again.")
     ] = "10m"
+    batch_results: Annotated[
+        list[Path] | None,
+        _option(
+            ENDPOINT,
+            "--batch-results",
+            "FILE",
+            "Take answers from results of an OpenAI batch, whose requests -f openai-batch wrote. Repeatable.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -325,7 +343,7 @@ class OutputArguments:
             OUTPUT,
             "-f --format",
             "FORMAT",
-            "parquet, jsonl, npy (clip-retrieval); results: coco, vqa [by the name of OUT].",
+            "parquet, jsonl, npy (clip-retrieval); results: coco, vqa; openai-batch [by the name of OUT].",
         ),
     ] = None
     overwrite: Annotated[bool, _option(OUTPUT, "--overwrite", None, "Replace OUT and start anew.")] = False

@@ -127,11 +127,12 @@ class EmbeddingModelPlan(ModelPlan, Protocol):
 class WriterPlan(ModelPlan, Protocol):
     """The plan of a model that writes.
 
-    output  what a Sample's output is: "text": Generated; "json": likewise, JSON; "scores": Scored; "speech": Heard
+    output  what a Sample's output is: "text": Generated; "json": likewise, JSON; "scores": Scored; "speech": Heard;
+            "requests": the body of a request, bytes
     """
 
     @property
-    def output(self) -> Literal["text", "json", "scores", "speech"]: ...
+    def output(self) -> Literal["text", "json", "scores", "speech", "requests"]: ...
 
 
 class Runner(Protocol):

@@ -111,6 +111,16 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """A service that is sent requests in a file, and answers in files.
+
+    results  these; () as long as the requests are to be written
+    """
+
+    results: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelOptions:
     """Unresolved options of one model.
 
@@ -126,7 +136,8 @@ class ModelOptions:
     trust_remote_code    run Python code that comes with the checkpoint
     allow_pickle         load weights that are not safetensors
     exact_decode         decode large JPEGs at full size
-    endpoint             the server that runs `openai:NAME`
+    endpoint             what runs `openai:NAME`
+    extra_body           more of its requests, as JSON: a null takes out what would be there
     """
 
     model: str
@@ -142,4 +153,5 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     exact_decode: bool = False
-    endpoint: Endpoint | None = None
+    endpoint: Endpoint | Batch | None = None
+    extra_body: str | None = None

@@ -22,14 +22,17 @@ FORMATS = {
     "npy": "mmcli.sinks.npy:NpyFormat",
     "coco": "mmcli.sinks.exports:coco",
     "vqa": "mmcli.sinks.exports:vqa",
+    "openai-batch": "mmcli.sinks.openai_batch:OpenAIBatchFormat",
 }
 # suffix -> name
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+# name -> what its suffixes mean without it
+_IS_ALSO = {"openai-batch": "jsonl"}
 # What an output can be: a file, a folder, or both.
-FILE_FORMATS = ("parquet", "jsonl", "coco", "vqa")
+FILE_FORMATS = ("parquet", "jsonl", "coco", "vqa", "openai-batch")
 FOLDER_FORMATS = ("parquet", "npy")
 # Those that hold no rows, only the results of good ones: nothing can be read back from them.
-RESULTS = ("coco", "vqa")
+RESULTS = ("coco", "vqa", "openai-batch")
 
 
 class RereadableFormat(Format, Protocol):
@@ -96,7 +99,7 @@ def _folder_format(out: str, name: str | None) -> str:
     if os.path.isfile(out.rstrip(os.sep)):
         raise ConfigError(f"-o {out} ends with {os.sep}, but is a file; choose another name")
     if name is not None and name not in FOLDER_FORMATS:
-        instead = f"{out.rstrip(os.sep)}.{'json' if name in RESULTS else name}"
+        instead = f"{out.rstrip(os.sep)}.{'jsonl' if name in _IS_ALSO else 'json' if name in RESULTS else name}"
         raise ConfigError(f"--format {name} makes one file, but -o {out} is a folder; give e.g. -o {instead}")
     return name or "parquet"
 
@@ -108,7 +111,7 @@ def _file_format(out: str, name: str | None) -> str:
         if by_suffix is None:
             raise ConfigError(_unknown_suffix(out, suffix))
         return by_suffix
-    if by_suffix is not None and by_suffix != name:
+    if by_suffix is not None and by_suffix not in (name, _IS_ALSO.get(name)):
         raise ConfigError(f"--format {name} contradicts -o {out}, which means {by_suffix}; change one of them")
     if name not in FILE_FORMATS and os.path.isfile(out):
         raise ConfigError(f"--format {name} makes a folder, but -o {out} is a file; choose another name")
