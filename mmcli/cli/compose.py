@@ -312,6 +312,7 @@ def prepare(
         source = problems.collect(planner.source, source)
     if source is not None and planned is not None:
         _check_modalities(source, planned.plan, str(arguments.model.model), problems)
+        _check_keep(source, planned.task, problems)
     problems.check()
     assert source is not None
     assert planned is not None
@@ -455,6 +456,19 @@ def _check_place(output: OutputArguments) -> None:
     from mmcli.sinks.place import check_writable
 
     check_writable(output.output, format_for(output.output, output.format))
+
+
+def _check_keep(source: Source, task: Task, problems: Problems) -> None:
+    """A column that passes through must not have the name of one of the task's."""
+    own = {field.name for field in task.fields(source.slots)}
+    how = "rename it in the manifest"
+    if task.name == "ask":
+        how = (
+            "name the question (-q model='...', --question-column model=COLUMN): its columns are model_answer, ..."
+        )
+    for name in source.keep.names:
+        if name in own:
+            problems.add(f"--keep {name}: the output has a column {name} of its own; {how}")
 
 
 def _check_modalities(source: Source, plan: ModelPlan, model: str, problems: Problems) -> None:

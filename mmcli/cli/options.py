@@ -181,7 +181,10 @@ class QuestionArguments:
         ),
     ] = None
     question_column: Annotated[
-        str | None, _option(QUESTIONS, "--question-column", "COLUMN", "Manifest column with each row's question.")
+        str | None,
+        _option(
+            QUESTIONS, "--question-column", "COLUMN", "Manifest column with each row's question; name=COLUMN, too."
+        ),
     ] = None
     questions: Annotated[
         Path | None, _option(QUESTIONS, "--questions", "FILE", "A file with a question a line, each for every row.")

@@ -100,7 +100,7 @@ def read_questions(
     if len(problems.lines) > before:
         return None
     flags = {
-        "--question-column": asked.question_column,
+        "--question-column": _named(asked.question_column or "")[1] or None,
         "--features-column": asked.features_column,
         "--boxes-column": asked.boxes_column,
     }
@@ -170,25 +170,25 @@ def _file(option: str, path: Path) -> str:
 
 def _questions(asked: QuestionArguments) -> tuple[tuple[str, str], ...]:
     """(name, text) of each question. Raises ConfigError."""
-    lines: list[str] = []
+    found: list[tuple[str, str]] = []
     for given in asked.question or ():
         name, text = _named(given)
-        read = _text("--question", text)
-        lines.append(f"{name}={read}" if name else str(read))
+        found.append((name, str(_text("--question", text))))
     if asked.questions is not None:
-        lines += [line.strip() for line in _file("--questions", asked.questions).splitlines() if line.strip()]
+        lines = _file("--questions", asked.questions).splitlines()
+        found += [_named(line.strip()) for line in lines if line.strip()]
     if asked.question_column is not None:
-        if set(asked.question_column) & set("{}!:"):
-            raise ConfigError(f"--question-column {asked.question_column!r}: rename it, without any of {{ }} ! :")
-        lines.append("{" + asked.question_column + "}")
-    if not lines:
+        name, column = _named(asked.question_column)
+        if set(column) & set("{}!:"):
+            raise ConfigError(f"--question-column {column!r}: rename it, without any of {{ }} ! :")
+        found.append((name, "{" + column + "}"))
+    if not found:
         raise ConfigError("nothing is asked; add -q 'What is in the picture?', --question-column or --questions")
-    named = [_named(line) for line in lines]
-    names = [name or (f"q{number}" if len(named) > 1 else "") for number, (name, _) in enumerate(named, 1)]
+    names = [name or (f"q{number}" if len(found) > 1 else "") for number, (name, _) in enumerate(found, 1)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"two questions have the name {twice[0]}; names tell their columns apart")
-    return tuple(zip(names, [text for _, text in named], strict=True))
+    return tuple(zip(names, [text for _, text in found], strict=True))
 
 
 def _named(line: str) -> tuple[str, str]:

@@ -193,11 +193,12 @@ def _auto_batch_size(prepared: Prepared) -> int:
 def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
     from mmcli.engines.batching import window_rows
 
-    # Prompts vary with the columns that they name; to a server lengths do not matter.
+    # Prompts vary with the columns that they name, and so do the questions of a row, and the shapes of a ViLT's
+    # pictures; to a server lengths do not matter.
     if hasattr(prepared.planned.plan, "batch_size"):
         return batch_size
     fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"} and not prepared.variables
-    return window_rows(batch_size, lengths_vary=not fixed)
+    return window_rows(batch_size, lengths_vary=not fixed or prepared.planned.task.name == "ask")
 
 
 def _decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:

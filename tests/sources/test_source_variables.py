@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from source_helpers import codes, digest, listed, write_files, write_parquet
 
@@ -54,6 +56,32 @@ def test_numbers_are_arrays(tmp_path: Path) -> None:
         records[0].variables = (array,)
         signatures.add(signature(records[0]))
     assert len(signatures) == 8
+
+
+@pytest.mark.parametrize("kind", ["large_list<float16>", "list<int64>", "list<double>", "fixed"])
+def test_numbers_of_parquet_are_those_of_json(tmp_path: Path, kind: str) -> None:
+    """Uneven and empty lists, and those with nulls, stay as they are."""
+    boxes = [[[1, 2], [3, 4]], [[5, 6]], None, [[1, None], [2, 3]], [[7, 8], None], []]
+    if kind != "fixed":
+        boxes += [[[1, 2], [3]], [[]]]
+    inner = {
+        "large_list<float16>": pa.large_list(pa.float16()), "list<int64>": pa.list_(pa.int64()),
+        "list<double>": pa.list_(pa.float64()), "fixed": pa.list_(pa.float32(), 2),
+    }[kind]  # fmt: skip
+    table = pa.table({"text": ["a"] * len(boxes), "boxes": pa.array(boxes, pa.list_(inner))})
+    pq.write_table(table, tmp_path / "m.parquet")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"text": "a", "boxes": b}) + "\n" for b in boxes))
+    found, wanted = (
+        [r.variables[0] for r in listed(tmp_path, tmp_path / name, variables=("boxes",), text_column="text")[1]]
+        for name in ("m.parquet", "m.jsonl")
+    )
+    assert {type(one) for one in wanted} == {np.ndarray, type(None), list}
+    for one, other in zip(found, wanted, strict=True):
+        assert type(one) is type(other)
+        if isinstance(other, np.ndarray):
+            assert (one.dtype, one.tolist()) == (np.float32, other.tolist())
+        else:
+            assert one == other
 
 
 def test_a_value_is_part_of_the_input(tmp_path: Path) -> None:
