@@ -39,7 +39,7 @@ _FIRST = frozenset(
         "input_features_mask", "feature_attention_mask", "input_values", "mm_encoder_outputs",
     }
 )  # fmt: skip
-# Logits processors that treat each row by its own tokens alone.
+# Logits processors that treat each row by its own tokens alone (RepetitionPenalty: see _Penalty).
 _ROW_BY_ROW = frozenset(
     {
         "ExponentialDecayLengthPenalty", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
@@ -113,6 +113,9 @@ class Decoding:
         points = self._points(generation_config.max_length - input_ids.shape[1], input_ids.device)
         logits = batch.prefill(generation_config)
         may_leave = batch.movable() and all(type(p).__name__ in _ROW_BY_ROW for p in logits_processor)
+        for place, processor in enumerate(logits_processor):
+            if type(processor).__name__ == "RepetitionPenaltyLogitsProcessor":
+                logits_processor[place] = _Penalty(processor, batch)
         while True:
             scores = logits_processor(batch.ids, logits)
             if self._constraint is not None:
@@ -196,6 +199,16 @@ class Batch:
         found: torch.Tensor = self._forward(width).logits
         return found[:, -width:]
 
+    def text_mask(self) -> torch.Tensor | None:
+        """Which of `ids` are no padding: bool [m, L]; None where nothing says."""
+        name = "decoder_attention_mask" if self._model.config.is_encoder_decoder else "attention_mask"
+        mask = self.inputs.get(name)
+        length = self.ids.shape[1]
+        if mask is None or mask.ndim != 2 or mask.shape[1] < length:
+            return None
+        kept: torch.Tensor = mask[:, :length].bool()
+        return kept
+
     def movable(self) -> bool:
         """Whether it is known of all that is kept between steps where its rows are."""
         inner = getattr(self._model, "model", self._model)
@@ -240,6 +253,25 @@ class Batch:
         if isinstance(value, ModelOutput):
             return all(isinstance(v, torch.Tensor) and len(v) == len(self.ids) for v in value.values())
         return isinstance(value, torch.Tensor) and value.shape[_axis(name, value)] == len(self.ids)
+
+
+class _Penalty:
+    """A RepetitionPenaltyLogitsProcessor of the rows that are in the batch now, to which padding is no text.
+
+    transformers 5.24 knows where each row of the first batch begins, and 5.17 penalises the padding token.
+    """
+
+    def __init__(self, processor: Any, batch: Batch) -> None:
+        processor.prompt_ignore_length = None
+        self._processor, self._batch = processor, batch
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mask = self._batch.text_mask()
+        if mask is not None:
+            # A token that is in the row anyway.
+            input_ids = torch.where(mask, input_ids, input_ids[:, -1:])
+        found: torch.Tensor = self._processor(input_ids, scores)
+        return found
 
 
 class Trail:

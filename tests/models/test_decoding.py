@@ -388,6 +388,28 @@ def test_ends_of_the_checkpoint(case: Callable[[str], Case]) -> None:
     assert all(text[-1] % 9 == 0 for text in texts(written) if len(text) < LIMIT)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5, "suppress_tokens": [0]},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 3, "eos_token_id": 5},
+        {"bad_words_ids": [[11], [12, 13]], "begin_suppress_tokens": [20, 21], "forced_eos_token_id": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_settings_of_the_checkpoint(case: Callable[[str], Case], name: str, options: dict[str, Any]) -> None:
+    """What generation_config.json forbids, it forbids for the rows that stay, too."""
+    one = case(name)
+    alone = [
+        one.generate([row], **options, return_dict_in_generate=True, output_scores=True) for row in range(ROWS)
+    ]
+    with Steps(one.model) as rows:
+        written = one.generate(range(ROWS), **options, custom_generate=Decoding())
+    assert texts(written) == [a.sequences[0, -len(a.scores) :].tolist() for a in alone]
+    assert rows[-1] < ROWS
+
+
 # ------------------------------------------------------------------------------------------ what may not leave
 
 
@@ -405,9 +427,9 @@ class Nudge(LogitsProcessor):
 @pytest.mark.parametrize(
     "options", [{"cache_implementation": "static"}, {"use_cache": False}, {"logits_processor": Nudge}], ids=str
 )
-@pytest.mark.parametrize("name", ["llama", "t5", "vit_gpt2", "git"])
+@pytest.mark.parametrize("name", ["llama", "t5", "vit_gpt2", "git", "qwen2_5_vl"])
 def test_models_whose_rows_cannot_leave(case: Callable[[str], Case], name: str, options: dict[str, Any]) -> None:
-    if name in ("git", "vit_gpt2") and "cache_implementation" in options:
+    if name in ("git", "vit_gpt2", "qwen2_5_vl") and "cache_implementation" in options:
         pytest.skip("has no static cache")
 
     def given(rows: Sequence[int]) -> dict[str, Any]:
