@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from endpoint_server import EndpointServer, Reply, Seen, completion, echo, serving
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -273,6 +273,7 @@ SHAPED = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(JSON | SHAPED)
 def test_no_answer_whatever_breaks_the_reader(answer: Any) -> None:
     for how in ({}, {"choices": ("yes", "no")}):
