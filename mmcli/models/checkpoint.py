@@ -99,7 +99,8 @@ class Checkpoint:
             "id": name,
             **identity,
             "processor": self._digest(PROCESSOR_FILES),
-            "config": self._digest(["config.json"]),
+            # What is never written, and how a text begins, is in the second.
+            "config": self._digest(["config.json", "generation_config.json"]),
         }
 
     def _weights_digest(self) -> str:

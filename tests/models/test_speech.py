@@ -31,6 +31,7 @@ from mmcli.models.options import Generation, ModelOptions
 from mmcli.models.plan import GenerationPlan
 from mmcli.models.resolve import resolve_writer
 from mmcli.models.speech import Joiner, windows
+from mmcli.sinks.sidecars import srt_text
 
 LENGTH = WINDOW * RATE
 # Samples: hardly any, half a window, exactly one, one more, several windows.
@@ -339,7 +340,7 @@ def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
     write_wave(tmp_path / "in" / "empty.wav", sounds()[0][:0])
     arguments = ["caption", str(tmp_path / "in"), "-m", str(tiny("multilingual")), "--batch-size", "16"]
-    arguments += ["--num-workers", "0", "--device", "cpu", "-o", str(tmp_path / "o.jsonl")]
+    arguments += ["--num-workers", "0", "--device", "cpu", "-o", str(tmp_path / "o.jsonl"), "--srt", "--vtt"]
     assert run(arguments) == 3
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [(row["id"], row["error_code"]) for row in rows[-2:]] == [
@@ -360,7 +361,12 @@ def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
         values = (one.text, one.language, segments, one.n_windows, one.finish_reason, one.n_tokens, one.repetition)
         assert tuple(row[name] for name in names) == values
         assert row["mean_logprob"] == pytest.approx(one.mean_logprob, abs=2e-4)
-    assert sum(row["status"] == "ok" for row in rows) > 2
+    good = {row["id"].removesuffix(".wav"): row for row in rows if row["status"] == "ok"}
+    assert len(good) > 2
+    assert {path.stem: path.read_text() for path in (tmp_path / "in").glob("*.srt")} == {
+        name: srt_text(row) for name, row in good.items()
+    }
+    assert {path.stem for path in (tmp_path / "in").glob("*.vtt")} == good.keys()
 
 
 # ------------------------------------------------------------------------------------------ other checkpoints
@@ -380,7 +386,8 @@ def changed(folder: Path, target: Path, **settings: Any) -> Path:
     shutil.copytree(folder, target)
     path = target / "generation_config.json"
     content = {**json.loads(path.read_text()), **settings}
-    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    if settings:
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
     return target
 
 
@@ -407,8 +414,10 @@ def test_what_a_checkpoint_is_set_to(
         content = json.loads((folder / "generation_config.json").read_text())
         pair = content["lang_to_id"]["<|fr|>"], content["task_to_id"]["translate"]
         settings = {"forced_decoder_ids": [[1, pair[0]], [2, pair[1]]]}
-    detail = plan_of(changed(folder, tmp_path / "set", **settings)).detail
-    assert (detail.language, detail.task) == (language, task)
+    plan = plan_of(changed(folder, tmp_path / "set", **settings))
+    assert (plan.detail.language, plan.detail.task) == (language, task)
+    # An output of other settings is another one.
+    assert (plan.describe()["config"] == plan_of(folder).describe()["config"]) == (not settings)
 
 
 @pytest.mark.parametrize(
