@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from cli_runs import Cli, manifest
+from cli_runs import Cli
 from endpoint_server import Seen, completion, serving
 from PIL import Image
 
