@@ -382,6 +382,10 @@ def llama(folder: Path) -> Path:
     settings = _llama(tokenizer)
     settings.pop("model_type")
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**settings))
+    # As Qwen2.5's instructed ones: in a batch, padding must not count as text.
+    model.generation_config = hf.GenerationConfig(
+        bos_token_id=1, pad_token_id=0, eos_token_id=2, repetition_penalty=1.1
+    )
     save(folder, model)
     tokenizer.save_pretrained(folder)
     return _ending(folder, hf.LlamaForCausalLM, 2, 2.5)
