@@ -26,7 +26,7 @@ _MOST_BYTES = 1024 * 1024
 # What is given as examples is put before every question.
 _MOST_EXAMPLES = 100_000
 # --max-new-tokens auto.
-_TOKENS = {"caption": 50, "ask": 100, "json": 300}
+_TOKENS = {"caption": 50, "ask": 100, "choices": 20, "json": 300}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _generation(wanted: Generation, how: GenerationArguments, seed: int, problem
         problems.add("--choices compares probabilities, nothing is drawn; leave --temperature out")
     system = problems.collect(_text, "--system", how.system)
     examples = problems.collect(_examples, how) or ()
-    kind = "json" if wanted.schema else wanted.task
+    kind = "json" if wanted.schema else "choices" if wanted.choices else wanted.task
     wanted = replace(
         wanted,
         max_new_tokens=tokens or _TOKENS[kind],

@@ -291,7 +291,7 @@ def load(plan: GenerationPlan, device: torch.device) -> Writer:
         generate = partial(generate, use_cache=False)
     return Writer(
         generate=generate,
-        ends=frozenset(known),
+        ends=tuple(known),
         forced=settings.forced_eos_token_id is not None,
         decode=_decoder(plan, row),
     )

@@ -212,7 +212,7 @@ def load(plan: GenerationPlan, device: torch.device) -> Writer:
     padding = next((i for i in (tokenizer.pad_token_id, settings.pad_token_id, *known) if i is not None), 0)
     return Writer(
         generate=model.generate,
-        ends=frozenset(known),
+        ends=tuple(known),
         forced=False,
         decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
         fill={**TOKEN_FILL, "input_ids": padding},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from mmcli.core.errors import ConfigError
@@ -57,8 +58,28 @@ def plan_writer(options: ModelOptions, generation: Generation) -> GenerationPlan
         if row is not None:
             if family is not vqa:
                 _reject_regions(generation)
-            return family.plan(checkpoint, options, dtype, row, generation)
+            return _constrained(family.plan(checkpoint, options, dtype, row, generation))
     raise _no_writer(checkpoint, kind, architectures, generation.task)
+
+
+def _constrained(plan: GenerationPlan) -> GenerationPlan:
+    """With the output that --choices and --schema make of what would be free texts.
+
+    Raises ConfigError for those that the checkpoint's tokenizer cannot do, before weights are loaded.
+    """
+    generation = plan.generation
+    if plan.output != "text" or not (generation.choices or generation.schema):
+        return plan
+    from mmcli.models.generate import open_choices, open_grammar
+    from mmcli.models.inputs import open_tokenizer
+
+    # Whichever token ends a text: what is checked does not depend on it.
+    end = open_tokenizer(plan.checkpoint).eos_token_id or 0
+    if generation.choices:
+        open_choices(plan, [end])
+        return replace(plan, output="scores")
+    open_grammar(plan, [end])
+    return replace(plan, output="json")
 
 
 def _reject_regions(generation: Generation) -> None:

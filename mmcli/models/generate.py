@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mmcli.core.records import Generated, Sample
-from mmcli.models.decoding import Decoding, Written
+from mmcli.core.records import Generated, Sample, Scored
+from mmcli.models.choices import Choices
+from mmcli.models.decoding import Constraint, Decoding, Written
+from mmcli.models.inputs import open_tokenizer
 from mmcli.models.loops import has_loop
 from mmcli.models.plan import GenerationPlan
 from mmcli.models.runner import Batch, TorchRunner, join, stack
+
+if TYPE_CHECKING:
+    from mmcli.models.structured import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,7 @@ class Writer:
     """A loaded model that writes.
 
     generate  the model's own
-    ends      tokens that end a text
+    ends      tokens that end a text; the usual one first
     forced    whether the last token allowed is made one of them: such a text did not end by itself
     decode    tokens without prompt and what follows the end -> text
     fill      with what arrays of tokens are padded, on the left, by name (input_ids, attention_mask, ...)
@@ -32,7 +38,7 @@ class Writer:
     """
 
     generate: Callable[..., Any]
-    ends: frozenset[int]
+    ends: Sequence[int]
     forced: bool
     decode: Callable[[Sequence[int]], str]
     fill: Mapping[str, int] = field(default_factory=dict)
@@ -48,12 +54,18 @@ class TextBatch(Batch):
 
 
 class GenerationRunner(TorchRunner):
-    """See mmcli.core.protocols.Runner: batches -> texts, by the model's own `generate`."""
+    """See mmcli.core.protocols.Runner: batches -> texts or choices, by the model's own `generate`."""
 
     def __init__(self, plan: GenerationPlan) -> None:
         super().__init__(plan)
         self._generation = plan.generation
         self._writer: Writer = self.loaded
+        self._choices: Choices | None = None
+        self._grammar: Grammar | None = None
+        if plan.output == "scores":
+            self._choices = open_choices(plan, self._writer.ends)
+        elif plan.output == "json":
+            self._grammar = open_grammar(plan, self._writer.ends)
 
     def collate(self, samples: Sequence[Sample]) -> TextBatch:
         """Samples of equal (modality, group) -> a Batch; tokens are padded on the left, to the longest.
@@ -75,22 +87,35 @@ class GenerationRunner(TorchRunner):
         return TextBatch(samples[0].modality, tensors, len(samples), seeds)
 
     @torch.inference_mode()
-    def forward(self, batch: TextBatch) -> list[Generated]:
-        """One text per sample. Raises torch.OutOfMemoryError."""
-        inputs, generation = self.to_device(batch), self._generation
+    def forward(self, batch: TextBatch) -> list[Generated] | list[Scored]:
+        """One text or choice per sample. Raises torch.OutOfMemoryError."""
+        generate = partial(self._writer.generate, **self.to_device(batch))
+        if self._choices is not None:
+            return self._choices(generate)
+        answers = None if self._grammar is None else self._grammar.start(batch.count)
+        written = self._write(generate, batch.seeds, answers)
+        rows = zip(written.tokens.tolist(), written.logprobs.double().numpy(), written.lengths, strict=True)
+        found = [self._generated(tokens[:length], scores) for tokens, scores, length in rows]
+        if answers is not None:
+            # What had to be closed is whole, but not what the model would have written.
+            found = [
+                replace(g, finish_reason="length") if c else g for g, c in zip(found, answers.cut, strict=True)
+            ]
+        return found
+
+    def _write(self, generate: Callable[..., Any], seeds: Sequence[int], constraint: Constraint | None) -> Written:
+        generation = self._generation
         limits = {"max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
         # Draws, too, are made by Decoding.
-        generate = partial(self._writer.generate, **inputs, **limits, do_sample=False)
+        generate = partial(generate, **limits, do_sample=False)
         if generation.num_beams > 1:
             output = generate(return_dict_in_generate=True, output_logits=True)
             logprobs = beam_logprobs(output).cpu()
             # Decoders give their prompt back, before what they wrote.
             tokens = output.sequences[:, output.sequences.shape[1] - logprobs.shape[1] :].cpu()
-            written = Written(tokens, logprobs, torch.full((len(tokens),), tokens.shape[1]))
-        else:
-            written = generate(custom_generate=Decoding(generation.temperature, batch.seeds))
-        rows = zip(written.tokens.tolist(), written.logprobs.double().numpy(), written.lengths, strict=True)
-        return [self._generated(tokens[:length], scores) for tokens, scores, length in rows]
+            return Written(tokens, logprobs, torch.full((len(tokens),), tokens.shape[1]))
+        found: Written = generate(custom_generate=Decoding(generation.temperature, seeds, constraint))
+        return found
 
     def _generated(self, tokens: list[int], logprobs: np.ndarray) -> Generated:
         writer, limit = self._writer, self._generation.max_new_tokens
@@ -101,8 +126,21 @@ class GenerationRunner(TorchRunner):
         mean = float(logprobs[:count].mean()) if count else 0.0
         if not math.isfinite(mean):
             mean = math.nan
-        text = writer.decode(written)
+        text = writer.decode(written) if self._grammar is None else self._grammar.decode(written)
         return Generated(text, "stop" if stopped else "length", count, mean, has_loop(written))
+
+
+def open_choices(plan: GenerationPlan, ends: Sequence[int]) -> Choices:
+    """The plan's choices, for its tokenizer. Raises ConfigError."""
+    return Choices(open_tokenizer(plan.checkpoint), plan.generation.choices, ends)
+
+
+def open_grammar(plan: GenerationPlan, ends: Sequence[int]) -> Grammar:
+    """The plan's schema, for its tokenizer. Raises ConfigError."""
+    from mmcli.models.structured import Grammar
+
+    schema, limit = json.loads(plan.generation.schema or "{}"), plan.generation.max_new_tokens
+    return Grammar(open_tokenizer(plan.checkpoint), schema, ends=ends, max_new_tokens=limit)
 
 
 def beam_logprobs(output: Any) -> torch.Tensor:
