@@ -26,8 +26,8 @@ PROCESSOR_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "sentencepiece.bpe.model", "sentence_bert_config.json", "modules.json",
-    "config_sentence_transformers.json", "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/vocab.txt",
-    "qformer_tokenizer/tokenizer_config.json",
+    "config_sentence_transformers.json", "chat_template.jinja", "chat_template.json",
+    "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/vocab.txt", "qformer_tokenizer/tokenizer_config.json",
 )  # fmt: skip
 # Weights up to this size are digested whole (1 GB/s), larger ones by 256 blocks of 1 MiB spread over the file.
 WHOLE_DIGEST_LIMIT = 2 * 1024**3

@@ -533,8 +533,9 @@ def test_refused(
 
 def test_templates_that_will_not_do(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     deaf = shutil.copytree(tiny("llama"), tmp_path / "deaf")
+    before = plan_of(deaf, asking("Why?")).describe()
     (deaf / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
-    plan_of(deaf, asking("Why?"))
+    assert plan_of(deaf, asking("Why?")).describe() != before
     with pytest.raises(ConfigError, match=r"--system: the chat template of .* leaves them out"):
         plan_of(deaf, asking("Why?", system="Be short."))
     with pytest.raises(ConfigError, match=r"--examples: the chat template of .* leaves them out"):
