@@ -144,27 +144,48 @@ class Reference:
         seen = {"visual_embeds": features, "visual_attention_mask": ones, "visual_token_type_ids": ones.long()}
         return self.model(**text, **seen).logits[0]
 
+    def inputs(self, picture: int, text: str) -> dict[str, Any]:
+        image = Image.fromarray(pictures()[picture])
+        if self.name != "git":
+            return dict(self.processor(images=image, text=text, return_tensors="pt"))
+        ids = [self.tokenizer.cls_token_id, *self.tokenizer(text, add_special_tokens=False).input_ids]
+        # Its cache is wrong before transformers 5.23.
+        found = {**self.processor(images=image, return_tensors="pt"), "use_cache": False}
+        return {**found, "input_ids": torch.tensor([ids])}
+
+    @property
+    def end(self) -> int:
+        return 3 if self.name in ("git", "blip_vqa") else self.model.config.text_config.eos_token_id
+
     @torch.inference_mode()
     def written(self, picture: int, text: str) -> Generated:
-        image = Image.fromarray(pictures()[picture])
-        if self.name == "git":
-            ids = [self.tokenizer.cls_token_id, *self.tokenizer(text, add_special_tokens=False).input_ids]
-            inputs = {**self.processor(images=image, return_tensors="pt"), "input_ids": torch.tensor([ids])}
-            # Its cache is wrong before transformers 5.23.
-            inputs["use_cache"] = False
-        else:
-            inputs = self.processor(images=image, text=text, return_tensors="pt")
+        inputs = self.inputs(picture, text)
         given = inputs["input_ids"].shape[1] if self.name in ("git", "blip_2", "instructblip") else 1
         output = self.model.generate(
             **inputs, max_new_tokens=LIMIT, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
         tokens = output.sequences[0, given:].tolist()
-        end = 3 if self.name in ("git", "blip_vqa") else self.model.config.text_config.eos_token_id
         steps = zip(output.logits, tokens, strict=True)
         scores = [float(logits[0].double().log_softmax(-1)[token]) for logits, token in steps]
-        reason = "stop" if tokens[-1] == end else "length"
+        reason = "stop" if tokens[-1] == self.end else "length"
         text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         return Generated(text, reason, len(tokens), float(np.mean(scores)), False)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def likelihood(self, picture: int, text: str, answer: str) -> float:
+        """Of writing the answer, with or without a space before it, and ending there: steps are forced on it."""
+        total = 0.0
+        spellings = {tuple(self.tokenizer(t, add_special_tokens=False).input_ids) for t in (answer, f" {answer}")}
+        for spelling in spellings:
+            tokens = iter([*spelling, self.end])
+            output = self.model.generate(
+                **self.inputs(picture, text), max_new_tokens=len(spelling) + 1, do_sample=False,
+                return_dict_in_generate=True, output_logits=True,
+                prefix_allowed_tokens_fn=lambda _, ids, tokens=tokens: [next(tokens)],
+            )  # fmt: skip
+            steps = zip(output.logits, [*spelling, self.end], strict=True)
+            total += math.exp(sum(float(logits[0].double().log_softmax(-1)[token]) for logits, token in steps))
+        return total
 
 
 def ranked(logits: torch.Tensor, scores: str, allowed: Sequence[int] | None = None) -> list[tuple[str, float]]:
@@ -303,6 +324,17 @@ def test_greedy(tiny: Callable[[str], Path], name: str) -> None:
         for one, other in zip(found, wanted, strict=True):
             assert (one.text, one.finish_reason, one.n_tokens) == (other.text, other.finish_reason, other.n_tokens)
             assert one.mean_logprob == pytest.approx(other.mean_logprob, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", tiny_vqa.WRITING)
+def test_choices_are_as_likely_as_they_are_to_be_written(tiny: Callable[[str], Path], name: str) -> None:
+    reference, rows, choices = Reference(tiny(name), name), [(0, 0), (4, 0), (1, 1)], ("dog", "a cat")
+    found = answers(plan_of(tiny(name), asked(name, choices=choices)), rows, 2)
+    for one, (picture, question) in zip(found, rows, strict=True):
+        text = wording(name, QUESTIONS[question])
+        likelihoods = np.array([reference.likelihood(picture, text, choice) for choice in choices])
+        wanted = likelihoods / likelihoods.sum()
+        assert_scored(one, [(choices[k], wanted[k]) for k in np.argsort(-wanted)], limit=1e-4)
 
 
 def test_a_question_in_its_own_words_is_left_as_it_is(tiny: Callable[[str], Path]) -> None:
