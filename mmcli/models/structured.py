@@ -16,6 +16,7 @@ follow, and the model goes on with the next value. Values behind are the model's
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
 # Tokens that are kept for each value which is still to be written, where --max-new-tokens allows; an integer has 17
 # characters at most. And the fewest: less than this, and the run is refused.
 ROOM, LEAST_ROOM = 24, 4
-# A token that opens nothing may put off the end by so many: a backslash, a minus, the first byte of a character.
-SLACK = 4
+# A token that opens nothing may put off the end by so many: a backslash, a minus, the first byte of a character, or
+# the name of a field that the schema does not name.
+SLACK = 6
+# No shortest answer has more tokens: an object that must hold itself has none.
+LONGEST = 2000
 SAFE = 2**53 - 1
 STYLE: JsonCompileOptions = {
     "whitespace_flexible": False,
@@ -47,8 +51,6 @@ STYLE: JsonCompileOptions = {
     "coerce_one_of": False,
     "lenient": False,
 }
-# Keywords of a value whose end is some way off once it is begun.
-LITERAL = {"const", "enum", "pattern", "format"}
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 # What brings a value to its end, or begins the shortest, outside of a string; then digits.
 CLOSERS = (b"]", b"}", b",", b'"')
@@ -58,11 +60,13 @@ class Ending(NamedTuple):
     """A short way from where a row is to a whole answer.
 
     tokens  that it takes, the end token not counted
+    first   so many of them come before the next value
     values  that begin on the way: each could be the model's own if it had the room
-    forced  the first token is the only way on
+    forced  the first token is of a text that is the only way on
     """
 
     tokens: list[int]
+    first: int
     values: int
     forced: bool
 
@@ -124,22 +128,24 @@ class Grammar:
         return b"".join(self._bytes[token] for token in tokens)
 
     def ending(self, matcher: LLMatcher, written: bytes) -> Ending | None:
-        """A short way to the end for a row that has `written` so far; None where none was found in the limit."""
+        """A short way to the end for a row that has `written` so far; None where none was found."""
         matcher = matcher.deep_copy()
         tokens: list[int] = []
-        values, inside, first = 0, True, True
+        begins: list[int] = []
+        inside, forced_first = True, False
         while not matcher.is_accepting():
             forced = matcher.compute_ff_bytes()
             if not tokens:
-                first = bool(forced)
-            values += not forced and not inside
+                forced_first = bool(forced)
+            if not forced and not inside:
+                begins.append(len(tokens))
             inside = not forced
             step = self._split(forced) if forced else self._close(matcher, written, len(tokens))
-            if not step or matcher.try_consume_tokens(step) < len(step) or len(tokens) > self.limit:
+            if not step or matcher.try_consume_tokens(step) < len(step) or len(tokens) > LONGEST:
                 return None
             tokens += step
             written += self.decode_bytes(step)
-        return Ending(tokens, values, first)
+        return Ending(tokens, begins[0] if begins else len(tokens), len(begins), forced_first)
 
     def _compile(self, schema: dict[str, Any]) -> LLMatcher:
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=STYLE)
@@ -153,14 +159,15 @@ class Grammar:
         whole = self.ending(self._matcher, b"")
         if whole is None:
             raise ConfigError(
-                "--schema: no answer was found that this model's tokenizer can write within "
-                f"--max-new-tokens {self.limit}; give more, or a simpler schema"
+                f"--schema: no answer of up to {LONGEST} tokens was found that this model's tokenizer can write",
+                hint="give a schema with shorter answers, or another model",
             )
         parts = list(self._parts(schema, whole))
-        literal = SLACK + max((len(part.tokens) for part, kinds in parts if kinds & LITERAL), default=0)
 
-        def margin(room: int) -> int:
-            opened = (len(part.tokens) + room * max(part.values - 1, 0) for part, _ in parts)
+        def margin(room: int, literal: bool = False) -> int:
+            opened = (
+                len(e.tokens) + room * max(e.values - 1, 0) for e, is_literal in parts if is_literal >= literal
+            )
             return SLACK + max(opened, default=0)
 
         def needed(room: int) -> int:
@@ -176,21 +183,23 @@ class Grammar:
             )
         self.margin = margin(self.room)
         opens = np.array([re.search(rb'["\[{,:\\]', text) is not None for text in self._bytes])
-        self.puts_off = np.where(opens, self.margin, literal)
+        self.puts_off = np.where(opens, self.margin, margin(self.room, literal=True))
 
-    def _parts(self, schema: dict[str, Any], whole: Ending) -> Iterator[tuple[Ending, set[str]]]:
-        """What one token may open (another item of a list, an optional field, another option), and its keywords."""
+    def _parts(self, schema: dict[str, Any], whole: Ending) -> Iterator[tuple[Ending, bool]]:
+        """What one token may open, and whether that is a literal: a word of an enumeration, a date."""
+        recursive = any("$ref" in part for part in subschemas(schema))
+        # One token such as [{" opens several: so each part is taken with all that it may hold. Of a schema that may
+        # hold itself, that has no end.
+        full = schema if recursive else _filled(schema)
         shared: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-        for part in list(subschemas(schema))[1:]:
-            if "enum" in part:
-                part = {"const": max(part["enum"], key=lambda option: len(json.dumps(option)))}
+        for part, literal in _openings(schema, full):
             try:
                 ending = self.ending(self._compile({**shared, **part}), b"")
             except ConfigError:
                 # It cannot stand alone (a $ref to another part).
                 ending = whole
             if ending is not None:
-                yield ending, set(part)
+                yield ending._replace(tokens=ending.tokens * (1 + recursive)), literal
 
     def _split(self, text: bytes) -> list[int]:
         """The tokens of a text, the longest first; [] where there are none."""
@@ -240,6 +249,8 @@ class Answers:
         self._over = np.zeros(len(matchers), bool)
         # How many tokens too many there are at least; a row is looked at again when there may be none.
         self._spare = np.zeros(len(matchers))
+        # What a row that has to end is to be written next.
+        self._path: list[list[int]] = [[] for _ in matchers]
         self.cut = np.zeros(len(matchers), bool)
 
     def mask(self, rows: Sequence[int]) -> torch.Tensor:
@@ -268,6 +279,7 @@ class Answers:
             else:
                 self._written[row].append(token)
                 self._spare[row] -= 1 + self._grammar.puts_off[token]
+                self._path[row] = self._path[row][1:]
                 taken.append((self._matchers[row], token))
         if taken:
             self._grammar.executor.consume_token_par(taken)
@@ -277,6 +289,8 @@ class Answers:
         grammar, matcher, written = self._grammar, self._matchers[row], self._written[row]
         if self._over[row]:
             return grammar.ends
+        if self._path[row]:
+            return self._path[row][:1]
         if self._spare[row] > 0:
             return None
         ending = grammar.ending(matcher, grammar.decode_bytes(written))
@@ -288,6 +302,7 @@ class Answers:
         if self._spare[row] > 0:
             return None
         self.cut[row] |= not ending.forced if ending.tokens else not matcher.is_stopped()
+        self._path[row] = ending.tokens[: ending.first]
         return ending.tokens[:1] or grammar.ends
 
 
@@ -341,3 +356,29 @@ def _narrowed(schema: dict[str, Any]) -> dict[str, Any]:
         if "properties" in part and not joined and not part.keys() & {"patternProperties", "unevaluatedProperties"}:
             part.setdefault("additionalProperties", False)
     return schema
+
+
+def _filled(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema where every field is there, and an item in every list."""
+    schema = copy.deepcopy(schema)
+    for part in subschemas(schema):
+        if "properties" in part:
+            part["required"] = list(part["properties"])
+        if "items" in part and part.get("maxItems") != 0:
+            part["minItems"] = max(part.get("minItems", 0), 1)
+    return schema
+
+
+def _openings(schema: dict[str, Any], full: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The parts of `full` that a model may begin or leave out by the schema, and whether each is a literal."""
+    for plain, part in zip(subschemas(schema), subschemas(full), strict=True):
+        if "enum" in part:
+            yield {"const": max(part["enum"], key=lambda option: len(json.dumps(option)))}, True
+        elif part.keys() & {"pattern", "format"}:
+            yield part, True
+        for name in part.get("properties", {}).keys() - plain.get("required", ()):
+            yield {"type": "object", "properties": {name: part["properties"][name]}, "required": [name]}, False
+        several = [part.get(name, ()) for name in ("anyOf", "oneOf", "prefixItems")]
+        for option in [part.get("items"), part.get("additionalProperties"), *itertools.chain(*several)]:
+            if isinstance(option, dict):
+                yield option, False
