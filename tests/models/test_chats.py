@@ -21,6 +21,7 @@ from PIL import Image
 from mmcli.cli.boundary import run
 from mmcli.core.errors import ConfigError, ModelError, RowError
 from mmcli.core.records import Audio, DecodeOptions, Generated, Media, Modality, Payload, Sample, Video
+from mmcli.core.schema import canonical, parse_schema
 from mmcli.media.decode import decode
 from mmcli.models.options import Example, Generation, ModelOptions
 from mmcli.models.plan import GenerationPlan
@@ -171,6 +172,20 @@ class Reference:
         return self.generate(self.processor(text=[prompt], add_end_of_utterance_token=False, return_tensors="pt"))
 
     @torch.inference_mode()
+    def likelihood(self, messages: list[dict[str, Any]], answer: str) -> float:
+        """How likely it writes this and no more, by one pass over all of it."""
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        inputs = dict(self.processor.apply_chat_template(messages, **options))
+        tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
+        ids = torch.tensor([[*tokenizer(answer, add_special_tokens=False).input_ids, end]])
+        for name, values in (("input_ids", ids), ("attention_mask", ids * 0 + 1), ("mm_token_type_ids", ids * 0)):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], values], dim=1)
+        logits = self.model(**inputs).logits[0, -1 - ids.shape[1] : -1].double().log_softmax(-1)
+        return float(logits[torch.arange(ids.shape[1]), ids[0]].sum().exp())
+
+    @torch.inference_mode()
     def generate(self, inputs: Any, num_beams: int = 1) -> Generated:
         """Of beams without their scores."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -255,6 +270,38 @@ def test_beams(tiny: Callable[[str], Path], reference: Callable[[str], Reference
         messages = [user(pictures()[4], text="Red?"), says("assistant", "Yes."), user(pixels, text=QUESTIONS[0])]
         text = reference(name)(messages, num_beams=3).text
         assert one[0].text == text
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm", "llava_onevision", "qwen2_audio"])
+def test_choices(tiny: Callable[[str], Path], reference: Callable[[str], Reference], name: str) -> None:
+    """As likely as the reference would write them, with or without a space before them, and then end."""
+    choices = ("yes", "a cat")
+    generation = Generation(questions=QUESTIONS, task="ask", choices=choices)
+    given, asked = records(name)[:2], reference(name)
+    run = Run(tiny(name), generation)
+    for found, ((_, payload),) in zip(run.answers(run.samples(given), 4, len(given)), given, strict=True):
+        for one, question in zip(found, QUESTIONS, strict=True):
+            both = [
+                sum(
+                    asked.likelihood([user(payload, text=question)], spelling)
+                    for spelling in (choice, f" {choice}")
+                )
+                for choice in choices
+            ]
+            wanted = {choice: likely / sum(both) for choice, likely in zip(choices, both, strict=True)}
+            assert dict(one.top_k) == pytest.approx(wanted, abs=1e-5)
+            assert one.answer == max(choices, key=wanted.__getitem__)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm"])
+def test_answers_by_a_schema(tiny: Callable[[str], Path], name: str) -> None:
+    schema = parse_schema("colour red|blue, count int")
+    generation = Generation(questions=QUESTIONS, task="ask", max_new_tokens=80, schema=canonical(schema))
+    for answers_of_row in answers(tiny(name), generation, records(name)[:3], 4):
+        for one in answers_of_row:
+            content = json.loads(one.text)
+            assert content["colour"] in ("red", "blue")
+            assert isinstance(content["count"], int)
 
 
 def test_both_ends_are_among_the_texts(wanted: Callable[[str], list[list[Generated]]]) -> None:
