@@ -346,7 +346,9 @@ def _source(arguments: Arguments, columns: Columns, messages: Messages, problems
     options = _source_options(arguments, columns.names, columns.said)
     if columns.alone and not options.column_flags_of_media:
         if columns.text is None:
-            problems.add("--features-column: rows are known by a text; add --question-column or --text-column")
+            problems.add(
+                "--features-column: rows are known by a text; add --question-column, or --text-column with any texts"
+            )
             return None
         options = replace(options, text_column=columns.text)
     return problems.collect(open_source, options, stdin)

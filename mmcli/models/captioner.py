@@ -109,6 +109,7 @@ def plan(
     if row.prompt == "task" and generation.prompt not in FLORENCE_TASKS:
         raise ConfigError(f"--prompt {generation.prompt!r}: a {kind} takes {', '.join(FLORENCE_TASKS)}")
     reject_chat(generation, kind)
+    generation = _limited(checkpoint, row, generation)
     _check_length(checkpoint, row, generation)
     inputs = Inputs(image=True)
     return GenerationPlan(
@@ -131,11 +132,24 @@ def plan(
     )
 
 
+def _limited(checkpoint: Checkpoint, row: Captioner, generation: Generation) -> Generation:
+    """With fewer tokens where nobody asked for a number and the model has few places; half of them for a prompt."""
+    positions = text_positions(checkpoint, row)
+    if generation.limited or positions is None:
+        return generation
+    shared = row.prompt in ("prefix", "bare") and any(prompt is not None for prompt in generation.prompts)
+    most = positions // 2 if shared else positions - _least_tokens(checkpoint)
+    return replace(generation, max_new_tokens=max(1, min(generation.max_new_tokens, most)))
+
+
+def _least_tokens(checkpoint: Checkpoint) -> int:
+    """Those before a text: the start token, after BLIP-2's places for the picture."""
+    return 1 + int(getattr(checkpoint.config, "num_query_tokens", 0))
+
+
 def _check_length(checkpoint: Checkpoint, row: Captioner, generation: Generation) -> None:
     """Raise ConfigError when prompt and text are longer than the model has positions for, whatever the row."""
-    positions = text_positions(checkpoint, row)
-    # The start token, after BLIP-2's places for the picture.
-    tokens = 1 + getattr(checkpoint.config, "num_query_tokens", 0)
+    positions, tokens = text_positions(checkpoint, row), _least_tokens(checkpoint)
     if positions is not None and tokens + generation.max_new_tokens > positions:
         raise ConfigError(_no_room(checkpoint, positions, tokens, generation))
     fixed = [text for text in generation.prompts if text is not None and not Template.parse(text).columns]

