@@ -347,7 +347,7 @@ def _source(arguments: Arguments, columns: Columns, messages: Messages, problems
     if columns.alone and not options.column_flags_of_media:
         if columns.text is None:
             problems.add(
-                "--features-column: rows are known by a text; add --question-column, or --text-column with any texts"
+                "--features-column: rows are known by a text: add --question-column, or a --text-column of any"
             )
             return None
         options = replace(options, text_column=columns.text)

@@ -191,7 +191,7 @@ WRONG = [
     (["-q", "what?", "--choices", "a,b", "--schema", "a int"], "--choices and --schema exclude one another"),
     (["-q", "what?", "--choices", "a,b", "--num-beams", "2"], "--choices does not go with --num-beams 2"),
     (["-q", "what?", "--boxes-column", "b"], "--boxes-column goes with --features-column"),
-    (["-q", "what?", "--features-column", "f"], "rows are known by a text; add --question-column, or"),
+    (["-q", "what?", "--features-column", "f"], "rows are known by a text: add --question-column, or"),
     (["--question-column", "question", "--features-column", "f"], "--features-column f: m.jsonl has no such"),
     (["-q", "what?", "--answers", "bad.json"], "--answers: bad.json is no JSON list"),
     (["-q", "what?", "--prompt", "x"], "no such option: --prompt"),
