@@ -217,6 +217,29 @@ def llava(folder: Path) -> Path:
     return _ending(save(folder, model_class(config), processor), model_class, 2, 2.5)
 
 
+def pixtral(folder: Path) -> Path:
+    """A LLaVA by its model type: pictures keep their form, with tokens where a row of patches ends."""
+    special = ("[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    tokenizer = llama_tokenizer(*special)
+    images = hf.PixtralImageProcessor(size={"longest_edge": 48}, patch_size={"height": 8, "width": 8})
+    template = (
+        "<s>{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s>{% else %}[INST]"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}[IMG]{% else %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}[/INST]{% endif %}{% endfor %}"
+    )
+    processor = hf.PixtralProcessor(images, tokenizer, patch_size=8, chat_template=template)
+    config = hf.LlavaConfig(
+        vision_config={**_VISION, "model_type": "pixtral", "image_size": 48, "head_dim": 8},
+        text_config={**_llama(tokenizer), "model_type": "mistral", "sliding_window": None},
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model_class = hf.LlavaForConditionalGeneration
+    return _ending(save(folder, model_class(config), processor), model_class, 2, 2.5)
+
+
 def llava_next(folder: Path) -> Path:
     """As LLaVA-NeXT: a picture is also cut into tiles, as many as its form wants."""
     tokenizer = llama_tokenizer("<image>")
@@ -449,8 +472,8 @@ def _ending(folder: Path, model_class: Any, end: int, scale: float) -> Path:
 
 
 _ALL = (
-    qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, idefics3, idefics2, idefics, llava, llava_next, llava_onevision,
-    paligemma, qwen2_audio,
+    qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, idefics3, idefics2, idefics, llava, pixtral, llava_next,
+    llava_onevision, paligemma, qwen2_audio,
 )  # fmt: skip
 BUILDERS: dict[str, Callable[[Path], Path]] = {function.__name__: function for function in _ALL}
 # Of types that are no rows of the table.
