@@ -293,8 +293,8 @@ Exact matches of the saved checkpoint, opened by plain transformers in float32, 
 def training_facts(args: argparse.Namespace, minutes: float) -> str:
     """Say how a model was trained."""
     return (
-        f"{args.steps:,} steps of {args.batch} pictures, from {args.scenes:,} rendered scenes, seed {args.seed}, "
-        f"{args.threads} threads: {minutes:.0f} minutes of CPU time"
+        f"{args.steps:,} steps of {args.batch} pictures, from {args.scenes:,} rendered scenes, seed {args.seed}; "
+        f"{minutes:.0f} minutes of CPU time, with --threads {args.threads}"
     )
 
 

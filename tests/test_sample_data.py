@@ -182,8 +182,9 @@ def test_parquet_holds_the_pictures(sample_data: Path) -> None:
 
 def test_sample_data_is_small(sample_data: Path) -> None:
     sizes = {path: path.stat().st_size for path in sample_data.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) < 12e6
     assert sum(size for path, size in sizes.items() if "models" not in path.parts) < 4e6
+    for folder in (sample_data / "models").iterdir():
+        assert sum(size for path, size in sizes.items() if folder in path.parents) < 6e6, folder.name
 
 
 # ------------------------------------------------------------------------------------------ the checkpoint

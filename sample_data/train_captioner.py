@@ -1,0 +1,156 @@
+"""Train a small but genuine BLIP captioner on the world of `make_world.py`, from scratch, on two CPU cores.
+
+    python sample_data/train_captioner.py       # writes sample_data/models/captioner, with a model card
+
+The recipe is that of `training.py`. Some training captions follow a prompt ("a photo of"), which is not itself
+learned: the model goes on from these prompts and never writes them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import make_world as world
+import torch
+import training
+from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+SIDE = 60
+VISION = {
+    "image_size": SIDE,
+    "patch_size": 12,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+}
+TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+POSITIONS = 96  # mmcli's default of 50 new tokens, and a long prompt
+PROMPTS = ("a photo of", "a picture of", "an image of", "a drawing of", "this is", "there is", "it shows")
+PROMPT_SHARE = 0.2
+OBLONG_SHARE = 0.2  # pictures that are not square, and that the processor squeezes
+
+
+def make_processor(seed: int) -> BlipProcessor:
+    """Build BLIP's processor with the words of captions and prompts."""
+    captions = [world.caption(scene) for scene in training.draw_scenes(4000, "train", f"words {seed}")]
+    return training.blip_processor([*captions, *PROMPTS], SIDE, POSITIONS)
+
+
+def make_model(processor: BlipProcessor) -> BlipForConditionalGeneration:
+    """Build an untrained BLIP of about 1.4 million parameters."""
+    model = BlipForConditionalGeneration(training.blip_config(processor.tokenizer, VISION, TEXT))
+    embeddings = model.vision_model.embeddings
+    training.start_vision(embeddings.patch_embedding.weight, embeddings.position_embedding)
+    return model
+
+
+class Batches:
+    """Seeded batches of pictures and captions."""
+
+    def __init__(self, processor: BlipProcessor, scenes: int, size: int, seed: int) -> None:
+        self.rng = random.Random(f"batches {seed}")
+        self.tokenizer, self.size = processor.tokenizer, size
+        drawn = training.draw_scenes(scenes, "train", f"captions {seed}")
+        self.pictures = training.Pictures(drawn, processor.image_processor, OBLONG_SHARE)
+
+    def draw(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make one batch: model inputs, and the attributes of its pictures."""
+        chosen = self.rng.sample(range(len(self.pictures.scenes)), self.size)
+        prompts = [self.rng.choice(PROMPTS) if self.rng.random() < PROMPT_SHARE else "" for _ in chosen]
+        captions = [world.caption(self.pictures.scenes[index]) for index in chosen]
+        texts = [f"{prompt} {caption}" for prompt, caption in zip(prompts, captions, strict=True)]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        # The decoder starts with its own token, as generate() does.
+        tokens["input_ids"][:, 0] = self.tokenizer.bos_token_id
+        labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+        for row, prompt in enumerate(prompts):
+            labels[row, : 1 + len(prompt.split())] = -100  # every word of a prompt is one token
+        pixels, facts = self.pictures[chosen]
+        return {"pixel_values": pixels, **tokens, "labels": labels}, facts
+
+
+def train(model: BlipForConditionalGeneration, batches: Batches, steps: int) -> None:
+    """Train in place: the captions' loss, helped by the attribute heads."""
+    heads = training.AttributeHeads(VISION["hidden_size"])
+
+    def step_loss(done: float) -> torch.Tensor:
+        inputs, facts = batches.draw()
+        out = model(**inputs)
+        return out.loss + training.help_weight(done) * heads(out.last_hidden_state[:, 0], facts)
+
+    training.fit([model, heads], step_loss, steps)
+
+
+@torch.no_grad()
+def write_captions(folder: Path, pictures: Sequence[Image.Image], prompt: str | None = None) -> list[str]:
+    """Caption pictures as a user of transformers would, with the saved checkpoint."""
+    processor = BlipProcessor.from_pretrained(folder)
+    model = BlipForConditionalGeneration.from_pretrained(folder)
+    written = []
+    for start in range(0, len(pictures), 64):
+        part = list(pictures[start : start + 64])
+        text = {} if prompt is None else {"text": [prompt] * len(part)}
+        inputs = processor(images=part, return_tensors="pt", **text)
+        written += processor.batch_decode(model.generate(**inputs, max_new_tokens=30), skip_special_tokens=True)
+    return written
+
+
+def evaluate(folder: Path, seed: int) -> dict[str, float]:
+    """Measure exact captions of the sample pictures, of held-out scenes and of never-seen pairs."""
+    listed = training.read_jsonl(training.HERE / "images" / "metadata.jsonl")
+    files = [training.upright(training.HERE / "images" / row["file_name"]) for row in listed]
+    held_out = training.draw_scenes(1000, "heldout", f"evaluation {seed}")
+    unseen = training.draw_scenes(500, "unseen", f"evaluation {seed}")
+    drawn, wanted = [world.render(scene) for scene in held_out], [world.caption(scene) for scene in held_out]
+    prompted = write_captions(folder, drawn, "a photo of")
+    return {
+        "the 48 pictures of `images/`": training.exact_match(
+            write_captions(folder, files), [row["caption"] for row in listed]
+        ),
+        "1,000 new scenes of seen pairs": training.exact_match(write_captions(folder, drawn), wanted),
+        'the same, after the prompt "a photo of"': training.exact_match(
+            prompted, [f"a photo of {caption}" for caption in wanted]
+        ),
+        "500 new scenes of never-seen pairs": training.exact_match(
+            write_captions(folder, [world.render(scene) for scene in unseen]), [world.caption(s) for s in unseen]
+        ),
+    }
+
+
+def main() -> None:
+    """Train, save and evaluate one model."""
+    args = training.arguments(__doc__, "captioner", steps=3000, batch=64, scenes=24_000)
+    training.settle(args.seed, args.threads)
+    processor = make_processor(args.seed)
+    model = make_model(processor)
+    batches = Batches(processor, args.scenes, args.batch, args.seed)
+    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
+    train(model, batches, args.steps)
+    minutes = time.process_time() / 60
+    training.save(model, processor, args.out)
+    scores = evaluate(args.out, args.seed)
+    training.write_card(
+        args.out,
+        scores,
+        {
+            "input": f"pictures, squeezed to {SIDE} x {SIDE}; a prompt, such as {PROMPTS[0]!r}, is optional",
+            "output": '"a large red circle on the left of a white background", "two small blue rings on a ..."',
+            "training": training.training_facts(args, minutes),
+        },
+        title="A tiny BLIP that captions coloured shapes",
+        kind="BlipForConditionalGeneration",
+        parameters=model.num_parameters(),
+        script="train_captioner.py",
+        pipeline="image-to-text",
+        limits="On photos its captions mean nothing.",
+    )
+    for name, value in scores.items():
+        print(f"{value:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    main()
