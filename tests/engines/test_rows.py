@@ -96,7 +96,7 @@ def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, wind
 def test_a_run_that_is_broken_off_at_any_commit_goes_on_where_it_was(inputs, kills, data):
     slots, records = inputs
     records.insert(0, text_record(0, *["always one that works"] * slots))
-    records = [Record(i, f"id{i}", None, r.media, (i,), r.error) for i, r in enumerate(records)]
+    records = [Record(i, f"id{i}", None, r.media, (i,), error=r.error) for i, r in enumerate(records)]
     output = Collected()
     for kill in [*kills, None]:
         output.fail_at = None if kill is None else len(output.tables) + kill

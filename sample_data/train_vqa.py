@@ -1,0 +1,194 @@
+"""Train a small but genuine BLIP for visual question answering on the world of `make_world.py`, from scratch.
+
+    python sample_data/train_vqa.py             # writes sample_data/models/vqa, with a model card
+
+The recipe is that of `training.py`; every picture of a batch is looked at once and asked several questions.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import make_world as world
+import torch
+import training
+from PIL import Image
+from transformers import BlipForQuestionAnswering, BlipProcessor
+
+SIDE = 60
+# BLIP's decoder reads the question's states as if they came from the picture: both must be of one width.
+WIDTH = 112
+VISION = {
+    "image_size": SIDE,
+    "patch_size": 12,
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 4,
+}
+TEXT = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2}  # encoder and decoder each
+POSITIONS = 96
+ASKED = 4  # questions about each picture of a batch
+OBLONG_SHARE = 0.2  # pictures that are not square, and that the processor squeezes
+
+
+def worded(question: str, rng: random.Random) -> str:
+    """Word a question as people type it: mostly as it is, else in American spelling or without its mark."""
+    if rng.random() < 0.2:
+        question = question.replace("colour", "color")
+    return question.removesuffix("?") if rng.random() < 0.1 else question
+
+
+def make_processor(seed: int) -> BlipProcessor:
+    """Build BLIP's processor with the words of questions and answers."""
+    scenes = training.draw_scenes(4000, "train", f"words {seed}")
+    texts = [text for scene in scenes for pair in world.questions(scene) for text in pair]
+    return training.blip_processor([*texts, "color"], SIDE, POSITIONS)
+
+
+def make_model(processor: BlipProcessor) -> BlipForQuestionAnswering:
+    """Build an untrained BLIP of about 1.4 million parameters."""
+    model = BlipForQuestionAnswering(training.blip_config(processor.tokenizer, VISION, TEXT))
+    embeddings = model.vision_model.embeddings
+    training.start_vision(embeddings.patch_embedding.weight, embeddings.position_embedding)
+    return model
+
+
+class Batches:
+    """Seeded batches of pictures with ASKED questions each."""
+
+    def __init__(self, processor: BlipProcessor, scenes: int, size: int, seed: int) -> None:
+        self.rng = random.Random(f"batches {seed}")
+        self.processor, self.size = processor, size
+        drawn = training.draw_scenes(scenes, "train", f"questions {seed}")
+        self.pictures = training.Pictures(drawn, processor.image_processor, OBLONG_SHARE)
+
+    def draw(self) -> dict[str, torch.Tensor]:
+        """Make one batch: B pictures and their attributes, B * ASKED questions and answers as tokens."""
+        chosen = self.rng.sample(range(len(self.pictures.scenes)), self.size)
+        asked = [p for i in chosen for p in self.rng.sample(world.questions(self.pictures.scenes[i]), ASKED)]
+        tokenizer = self.processor.tokenizer
+        questions = tokenizer([worded(q, self.rng) for q, _ in asked], padding=True, return_tensors="pt")
+        answers = tokenizer([answer for _, answer in asked], padding=True, return_tensors="pt")
+        # The decoder starts with its own token, as generate() does.
+        answers["input_ids"][:, 0] = tokenizer.bos_token_id
+        pixels, facts = self.pictures[chosen]
+        # generate() lets the decoder see the padding of shorter questions: half of the rows learn to bear it.
+        blind = torch.tensor([[self.rng.random() < 0.5] for _ in asked])
+        return {
+            "pixel_values": pixels,
+            "facts": facts,
+            "input_ids": questions["input_ids"],
+            "attention_mask": questions["attention_mask"],
+            "seen": torch.where(blind, questions["attention_mask"], 1),
+            "answers": answers["input_ids"],
+            "labels": answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100),
+        }
+
+
+def train(model: BlipForQuestionAnswering, batches: Batches, steps: int) -> None:
+    """Train in place: the answers' loss, helped by the attribute heads."""
+    heads = training.AttributeHeads(WIDTH)
+
+    def step_loss(done: float) -> torch.Tensor:
+        batch = batches.draw()
+        pictures = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
+        # What model.forward does, but for the pictures, which are looked at once, and for the padding.
+        asked = model.text_encoder(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            encoder_hidden_states=pictures.repeat_interleave(ASKED, dim=0),
+        ).last_hidden_state
+        answered = model.text_decoder(
+            input_ids=batch["answers"],
+            encoder_hidden_states=asked,
+            encoder_attention_mask=batch["seen"],
+            labels=batch["labels"],
+        )
+        return answered.loss + training.help_weight(done) * heads(pictures[:, 0], batch["facts"])
+
+    training.fit([model, heads], step_loss, steps)
+
+
+@torch.no_grad()
+def answer(folder: Path, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+    """Answer a question about each picture as a user of transformers would, with the saved checkpoint."""
+    processor = BlipProcessor.from_pretrained(folder)
+    model = BlipForQuestionAnswering.from_pretrained(folder)
+    answers = []
+    for start in range(0, len(pictures), 64):
+        part = {"images": list(pictures[start : start + 64]), "text": list(questions[start : start + 64])}
+        inputs = processor(**part, padding=True, return_tensors="pt")
+        answers += processor.batch_decode(model.generate(**inputs, max_new_tokens=8), skip_special_tokens=True)
+    return answers
+
+
+def kind_of(question: str) -> str:
+    """Name what a question is about."""
+    starts = {"is there": "yes or no", "how many": "count", "where": "position", "what shape": "shape"}
+    for start, kind in starts.items():
+        if question.startswith(start):
+            return kind
+    if "small or large" in question:
+        return "size"
+    return "background" if "background" in question else "colour"
+
+
+def evaluate(folder: Path, seed: int) -> dict[str, float]:
+    """Measure exact answers about the sample pictures, held-out scenes and never-seen pairs."""
+    listed = training.read_jsonl(training.HERE / "questions.jsonl")
+    files = [training.upright(training.HERE / row["image"]) for row in listed]
+    found = answer(folder, files, [row["question"] for row in listed])
+    scores = {
+        "the 144 questions of `questions.jsonl`": training.exact_match(found, [row["answer"] for row in listed])
+    }
+    for split, name in (("heldout", "new scenes of seen pairs"), ("unseen", "new scenes of never-seen pairs")):
+        scenes = training.draw_scenes(500, split, f"evaluation {seed}")
+        asked = [(scene, *pair) for scene in scenes for pair in world.questions(scene)]
+        questions, wanted = [question for _, question, _ in asked], [right for *_, right in asked]
+        found = answer(folder, [world.render(scene) for scene, *_ in asked], questions)
+        scores[f"all {len(asked):,} questions about 500 {name}"] = training.exact_match(found, wanted)
+        if split == "heldout":
+            for kind in dict.fromkeys(kind_of(question) for question in questions):
+                chosen = [index for index, question in enumerate(questions) if kind_of(question) == kind]
+                scores[f"of these, {kind}"] = training.exact_match(
+                    [found[index] for index in chosen], [wanted[index] for index in chosen]
+                )
+    return scores
+
+
+def main() -> None:
+    """Train, save and evaluate one model."""
+    args = training.arguments(__doc__, "vqa", steps=2500, batch=64, scenes=24_000)
+    training.settle(args.seed, args.threads)
+    processor = make_processor(args.seed)
+    model = make_model(processor)
+    batches = Batches(processor, args.scenes, args.batch, args.seed)
+    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
+    train(model, batches, args.steps)
+    minutes = time.process_time() / 60
+    training.save(model, processor, args.out)
+    scores = evaluate(args.out, args.seed)
+    training.write_card(
+        args.out,
+        scores,
+        {
+            "input": f"a picture, squeezed to {SIDE} x {SIDE}, and a question as in `questions.jsonl`",
+            "output": "one word",
+            "training": training.training_facts(args, minutes),
+        },
+        title="A tiny BLIP that answers questions about coloured shapes",
+        kind="BlipForQuestionAnswering",
+        parameters=model.num_parameters(),
+        script="train_vqa.py",
+        pipeline="visual-question-answering",
+        limits="On photos, or asked something else, its answers mean nothing.",
+    )
+    for name, value in scores.items():
+        print(f"{value:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    main()
