@@ -135,6 +135,20 @@ class WriterPlan(ModelPlan, Protocol):
     def output(self) -> Literal["text", "json", "scores", "speech", "requests"]: ...
 
 
+class ClassifierPlan(ModelPlan, Protocol):
+    """The plan of a model that classifies: its runner gives a Classified for each Sample.
+
+    labels  all that it can give, all different
+    """
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    def open_joiner(self) -> Callable[[Sequence[Any]], Any] | None:
+        """Where a record has several Samples, what makes one Classified of their outputs; else None."""
+        ...
+
+
 class Runner(Protocol):
     """A loaded model on a device.
 

@@ -142,6 +142,23 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Classified:
+    """Where an input belongs among a set of labels.
+
+    top_k    the likeliest labels with their scores, the best first; NaN where the model's scores are not finite
+    margin   the best score less the second best; None of a single label
+    entropy  in nats: of the distribution over all labels; where labels are scored one by one (sigmoid), the mean of
+             their binary entropies; None: a server does not say
+    labels   those whose scores reach the threshold, the best first; None: one label alone is asked for
+    """
+
+    top_k: tuple[tuple[str, float], ...]
+    margin: float | None
+    entropy: float | None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """What a model has heard in one window of a sound.
 

@@ -95,6 +95,50 @@ def _described(example: Example) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """A class, and the texts that stand for it in templates: its name, if nothing else is said."""
+
+    name: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What becomes of the scores of a set of labels.
+
+    top_k      so many are kept
+    threshold  any number of labels applies: each is scored alone, and those that reach it are given; None: one does
+    """
+
+    top_k: int = 5
+    threshold: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, for the fingerprint."""
+        return {"top_k": self.top_k, "threshold": self.threshold}
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """What is asked of a model that classifies.
+
+    labels       () where the model has its own
+    templates    texts with `{}`, where a label's texts are put in; None: the model's usual one
+    question     what a chat model is asked, with {labels} in it; None: the usual one
+    """
+
+    labels: tuple[Label, ...] = ()
+    templates: tuple[str, ...] | None = None
+    question: str | None = None
+    ranking: Ranking = Ranking()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the labels, in their order."""
+        return tuple(label.name for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A server and how it is asked. Nothing but `url` can change a row.
 

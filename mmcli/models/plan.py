@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mmcli.core.protocols import Processor, RecordProcessor, Runner
 from mmcli.core.records import DecodeOptions, Modality
 from mmcli.models.checkpoint import Checkpoint
-from mmcli.models.options import Generation
+from mmcli.models.options import Generation, Ranking
 
 # What the outputs of a model that writes are: see GenerationPlan.
 Output = Literal["text", "json", "scores", "speech"]
@@ -165,6 +165,54 @@ class GenerationPlan(CheckpointPlan):
 
     def open_joiner(self) -> Callable[[Sequence[Any]], Any] | None:
         """What makes one output of all those of a record; None where each stands for itself."""
+        if self.joiner is None:
+            return None
+        opened: Callable[[Sequence[Any]], Any] = _imported(self.joiner)(self)
+        return opened
+
+    def load(self) -> Runner:
+        """Load the weights. Raises ModelError."""
+        loaded: Runner = _imported(self.runner)(self)
+        return loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassificationPlan(CheckpointPlan):
+    """See mmcli.core.protocols.ClassifierPlan; of checkpoints with a classification head.
+
+    labels      in the order of the logits, all different
+    processor   "module:function" that opens what runs in the decode workers; None: what its inputs usually need
+    runner      "module:class" of its Runner, made with the plan
+    joiner      "module:function": plan -> what makes a Classified of all outputs of a record; None: they are such
+    activation  of the logits
+    """
+
+    labels: tuple[str, ...]
+    ranking: Ranking
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    processor: str | None = None
+    runner: str = "mmcli.models.classifier:ClassifierRunner"
+    joiner: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the scores."""
+        return {
+            **self.describe_model(),
+            "labels": list(self.labels),
+            "activation": self.activation,
+            "ranking": self.ranking.describe(),
+        }
+
+    def open_processor(self) -> Processor | RecordProcessor:
+        from mmcli.models.inputs import InputProcessor
+
+        if self.processor is None:
+            return InputProcessor(self.checkpoint, self.inputs)
+        opened: RecordProcessor = _imported(self.processor)(self)
+        return opened
+
+    def open_joiner(self) -> Callable[[Sequence[Any]], Any] | None:
+        """What makes a Classified of all outputs of a record."""
         if self.joiner is None:
             return None
         opened: Callable[[Sequence[Any]], Any] = _imported(self.joiner)(self)

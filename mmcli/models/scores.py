@@ -1,0 +1,97 @@
+"""Logits of a set of labels -> the best of them, with what tells whether to trust them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mmcli.core.records import Classified
+from mmcli.models.options import Ranking
+
+Activation = Literal["softmax", "sigmoid"]
+
+
+@dataclass(slots=True)
+class Ranked:
+    """A batch, on its device.
+
+    scores   float32 [n, k], descending
+    indices  int64 [n, k], of their labels
+    margin   float32 [n]; entropy: float32 [n]
+    counts   int64 [n]: how many scores reach the threshold
+    """
+
+    scores: torch.Tensor
+    indices: torch.Tensor
+    margin: torch.Tensor
+    entropy: torch.Tensor
+    counts: torch.Tensor
+
+
+def rank(logits: torch.Tensor, activation: Activation, ranking: Ranking) -> Ranked:
+    """Float logits [n, L] -> Ranked; of equal scores that of the first label is the best. A row that is not finite: NaN.
+
+    softmax: one label applies; sigmoid: each is scored alone.
+    """
+    logits = logits.float()
+    logits = logits.masked_fill(~logits.isfinite().all(dim=-1, keepdim=True), torch.nan)
+    if activation == "softmax":
+        scores = logits.softmax(dim=-1)
+        entropy = torch.special.entr(scores).sum(dim=-1)
+    else:
+        scores = logits.sigmoid()
+        entropy = (torch.special.entr(scores) + torch.special.entr((-logits).sigmoid())).mean(dim=-1)
+    counts = (scores >= (2.0 if ranking.threshold is None else ranking.threshold)).sum(dim=-1)
+    kept = min(logits.shape[-1], max(2, ranking.top_k))
+    if ranking.threshold is not None:
+        kept = min(logits.shape[-1], max(kept, int(counts.max())))
+    best, indices = _largest(logits, kept)
+    best = scores.gather(-1, indices)
+    margin = best[:, 0] - best[:, 1] if kept > 1 else torch.full_like(entropy, torch.nan)
+    return Ranked(best, indices, margin, entropy, counts)
+
+
+def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits [n, count], descending, and where they are; of equal ones the first comes first.
+
+    By the logits: softmax and sigmoid saturate, and would make ties of them. topk leaves open which of two equal
+    ones comes first, and that may depend on the size of the batch.
+    """
+    values, indices = logits.topk(count, dim=-1)
+    if count < logits.shape[-1]:
+        # Where the last one kept has an equal that is not kept, sort these rows whole.
+        tied = ((logits == values[:, -1:]).sum(dim=-1) > (values == values[:, -1:]).sum(dim=-1)).nonzero()[:, 0]
+        if len(tied):
+            ordered = logits[tied].sort(dim=-1, descending=True, stable=True)
+            values[tied], indices[tied] = ordered.values[:, :count], ordered.indices[:, :count]
+    indices, order = indices.sort(dim=-1)
+    values, again = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, indices.gather(-1, again)
+
+
+def classified(ranked: Ranked, labels: Sequence[str], ranking: Ranking) -> list[Classified]:
+    """One for each row of the batch; waits for the device."""
+    scores, indices = ranked.scores.tolist(), ranked.indices.tolist()
+    single = ranked.scores.shape[-1] < 2
+    found = []
+    for best, where, margin, entropy, count in zip(
+        scores, indices, ranked.margin.tolist(), ranked.entropy.tolist(), ranked.counts.tolist(), strict=True
+    ):
+        top = tuple((labels[index], score) for index, score in zip(where[: ranking.top_k], best, strict=False))
+        applying = None if ranking.threshold is None else tuple(labels[index] for index in where[:count])
+        found.append(Classified(top, None if single else margin, entropy, applying))
+    return found
+
+
+class PendingClassified:
+    """Ranked on its way from a device: the host goes on until it asks for the result."""
+
+    def __init__(self, ranked: Ranked, labels: Sequence[str], ranking: Ranking) -> None:
+        self._ranked, self._labels, self._ranking = ranked, labels, ranking
+
+    def result(self) -> list[Classified]:
+        """Wait for them. Raises RuntimeError when the device has failed meanwhile."""
+        return classified(self._ranked, self._labels, self._ranking)
