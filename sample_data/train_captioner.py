@@ -9,7 +9,6 @@ learned: the model goes on from these prompts and never writes them.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,26 +129,19 @@ def main() -> None:
     batches = Batches(processor, args.scenes, args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
     train(model, batches, args.steps)
-    minutes = time.process_time() / 60
-    training.save(model, processor, args.out)
-    scores = evaluate(args.out, args.seed)
-    training.write_card(
-        args.out,
-        scores,
+    training.finish(
+        args,
+        model,
+        processor,
+        evaluate,
         {
             "input": f"pictures, squeezed to {SIDE} x {SIDE}; a prompt, such as {PROMPTS[0]!r}, is optional",
             "output": '"a large red circle on the left of a white background", "two small blue rings on a ..."',
-            "training": training.training_facts(args, minutes),
         },
         title="A tiny BLIP that captions coloured shapes",
-        kind="BlipForConditionalGeneration",
-        parameters=model.num_parameters(),
-        script="train_captioner.py",
         pipeline="image-to-text",
         limits="On photos its captions mean nothing.",
     )
-    for name, value in scores.items():
-        print(f"{value:6.1%}  {name}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ rests, and its features are computed once, which makes a step twice as cheap; th
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -310,30 +308,6 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
     }
 
 
-def report(args: argparse.Namespace, minutes: float) -> None:
-    """Evaluate the saved model and write its card."""
-    scores = evaluate(args.out, args.seed)
-    training.write_card(
-        args.out,
-        scores,
-        {
-            "input": "messages in ChatML, with pictures of 64 x 64 pixels, 65 tokens each",
-            "questions": "as in `questions.jsonl`, and for captions: " + " ".join(DESCRIBE[:5]),
-            "conversations": "a system message, up to three questions on a picture, a second picture",
-            "start": "the picture tower of `../clip`; the language model (a Qwen2 of two layers) untrained",
-            "training": f"{training.training_facts(args, minutes)}; then {args.joint} with the tower in it",
-        },
-        title="A tiny LLaVA that chats about coloured shapes",
-        kind="LlavaForConditionalGeneration",
-        parameters=sum(p.numel() for p in LlavaForConditionalGeneration.from_pretrained(args.out).parameters()),
-        script="train_chat.py",
-        pipeline="image-text-to-text",
-        limits="On photos, and to questions worded in another way, its answers mean nothing.",
-    )
-    for name, value in scores.items():
-        print(f"{value:6.1%}  {name}")
-
-
 def main() -> None:
     """Train, save and evaluate one model."""
     args = training.arguments(__doc__, "chat", steps=600, joint=150, batch=64, scenes=16_000)
@@ -343,9 +317,22 @@ def main() -> None:
     batches = Batches(processor, args.scenes, args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
     train(model, batches, args.steps, args.joint)
-    minutes = time.process_time() / 60
-    training.save(model, processor, args.out)
-    report(args, minutes)
+    training.finish(
+        args,
+        model,
+        processor,
+        evaluate,
+        {
+            "input": "messages in ChatML, with pictures of 64 x 64 pixels, 65 tokens each",
+            "questions": "as in `questions.jsonl`, and for captions: " + " ".join(DESCRIBE[:5]),
+            "conversations": "a system message, up to three questions on a picture, a second picture",
+            "start": "the picture tower of `../clip`; the language model (a Qwen2 of two layers) untrained",
+            "steps": f"{args.steps} with the tower at rest, then {args.joint} of everything",
+        },
+        title="A tiny LLaVA that chats about coloured shapes",
+        pipeline="image-text-to-text",
+        limits="On photos, and to questions worded in another way, its answers mean nothing.",
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 It writes what it hears in windows of three seconds ("a low steady sine tone"), and when, if asked for timestamps.
 It learns as Whisper did: half of the targets carry timestamps, and of a sound that the window cuts off they have
-the start only, where the next window of a long file then begins.
+the start only, where the next window of a long file then begins. What lifts it is what lifts the picture models:
+heads that read off the encoder what sounds at every moment, which are thrown away after training.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 import training
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn import functional
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -39,6 +42,7 @@ WIDTH, LAYERS, DECODER_LAYERS = 128, 2, 2
 SECONDS = 3  # one window; 50 encoder positions a second
 TICK = 0.02  # seconds from one timestamp to the next
 IGNORED = -100
+TRAITS = (world.PITCHES, world.MANNERS, world.TIMBRES)  # in the order of a sound's words
 KINDS = [(p, m, t) for p in world.PITCHES for m in world.MANNERS for t in world.TIMBRES]
 
 
@@ -78,11 +82,20 @@ def draw_sound(rng: random.Random, held_out: bool) -> tuple[str, np.ndarray]:
 
 
 def draw_window(rng: random.Random, held_out: bool = False, most: int = 3, cut: bool = True) -> Heard:
-    """Put one to `most` sounds into a window, with silence or faint noise between; one window in 25 has none."""
+    """Put one to `most` sounds into a window, with silence or faint noise between; one window in 25 has none.
+
+    Where windows are `cut` from something longer, sounds go on beyond their ends, or began before them.
+    """
     samples = SECONDS * world.RATE
     window = np.zeros(samples, np.float32)
     events: list[tuple[float, float | None, str]] = []
     at = rng.choice((0.0, rng.uniform(0, 1)))
+    if cut and rng.random() < 0.3:
+        words, sound = draw_sound(rng, held_out)
+        left = sound[rng.randrange(len(sound) - round(0.2 * world.RATE)) :]
+        window[: len(left)] = left
+        events.append((0.0, len(left) / world.RATE, words))
+        at = len(left) / world.RATE + rng.uniform(0.15, 0.9)
     for _ in range(rng.choice((1, 1, most)) if rng.random() > 0.04 else 0):
         words, sound = draw_sound(rng, held_out)
         start, end = round(at * world.RATE), round(at * world.RATE) + len(sound)
@@ -165,6 +178,30 @@ def make_model(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
 # --------------------------------------------------------------------------------------------- training
 
 
+def moments_of(events: Sequence[tuple[float, float | None, str]]) -> torch.Tensor:
+    """Say what sounds at each of the encoder's positions: indices of TRAITS, 0 for silence, int8 [positions, 3]."""
+    moments = torch.zeros(round(SECONDS / TICK), len(TRAITS), dtype=torch.int8)
+    for start, end, words in events:
+        _, pitch, manner, timbre = words.split(maxsplit=3)
+        heard = [1 + list(t).index(word) for t, word in zip(TRAITS, (pitch, manner, timbre), strict=True)]
+        moments[round(start / TICK) : round((end or SECONDS) / TICK)] = torch.tensor(heard, dtype=torch.int8)
+    return moments
+
+
+class MomentHeads(nn.Module):
+    """Linear read-outs, from every state of the encoder, of what sounds at that moment; used in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 1 + len(values)) for values in TRAITS)
+
+    def forward(self, states: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+        """Add the traits' cross-entropies; states are [N, positions, WIDTH], moments [N, positions, traits]."""
+        flat = states.flatten(0, 1), moments.flatten(0, 1).T
+        losses = [functional.cross_entropy(h(flat[0]), t) for h, t in zip(self.heads, flat[1], strict=True)]
+        return torch.stack(losses).sum()
+
+
 class Batches:
     """Seeded batches: windows drawn and their features computed once; timestamps asked for in every second one."""
 
@@ -173,6 +210,7 @@ class Batches:
         self.tokenizer, self.size = processor.tokenizer, size
         self.windows = [draw_window(self.rng, cut=index % 2 == 0) for index in range(windows)]
         self.features = features_of([window.sound for window in self.windows], processor)
+        self.moments = torch.stack([moments_of(window.events) for window in self.windows])
         for window in self.windows:
             window.sound = window.sound[:0]  # not needed any more
 
@@ -194,8 +232,11 @@ class Batches:
             name += "<|0.00|>"
         return tokenizer(name + "<|endoftext|>", add_special_tokens=False)["input_ids"]
 
-    def draw(self) -> dict[str, torch.Tensor]:
-        """Make one batch: features, decoder inputs and labels (the language and task are given, not learned)."""
+    def draw(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make one batch: features, decoder inputs and labels (the language and task are given, not learned).
+
+        Beside it come the moments of its windows, [N, positions, traits].
+        """
         chosen = self.rng.sample(range(len(self.windows)), self.size)
         targets = [self.target(index) for index in chosen]
         longest = max(map(len, targets))
@@ -207,11 +248,12 @@ class Batches:
         labels[:, :3] = IGNORED
         given = labels == self.tokenizer.convert_tokens_to_ids("<|notimestamps|>")
         labels = labels.masked_fill(given, IGNORED)
-        return {
+        batch = {
             "input_features": self.features[chosen].float(),
             "decoder_input_ids": ids[:, :-1],
             "labels": labels[:, 1:],
         }
+        return batch, self.moments[chosen].long()
 
 
 def features_of(sounds: Sequence[np.ndarray], processor: WhisperProcessor) -> torch.Tensor:
@@ -222,6 +264,18 @@ def features_of(sounds: Sequence[np.ndarray], processor: WhisperProcessor) -> to
         out = processor.feature_extractor(part, sampling_rate=world.RATE, return_tensors="pt")
         done.append(out["input_features"].half())
     return torch.cat(done)
+
+
+def train(model: WhisperForConditionalGeneration, batches: Batches, steps: int) -> None:
+    """Train in place: the texts' loss, helped by the moments' heads."""
+    heads = MomentHeads()
+
+    def step_loss(done: float) -> torch.Tensor:
+        inputs, moments = batches.draw()
+        out = model(**inputs)
+        return out.loss + training.help_weight(done) * heads(out.encoder_last_hidden_state, moments)
+
+    training.fit([model, heads], step_loss, steps)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -347,7 +401,7 @@ def main() -> None:
     model = make_model(processor.tokenizer)
     batches = Batches(processor, args.windows, args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; drawn", flush=True)
-    training.fit([model], lambda done: model(**batches.draw()).loss, args.steps)
+    train(model, batches, args.steps)
     minutes = time.process_time() / 60
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)

@@ -8,7 +8,6 @@ The recipe is that of `training.py`; every picture of a batch is looked at once 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -168,26 +167,19 @@ def main() -> None:
     batches = Batches(processor, args.scenes, args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
     train(model, batches, args.steps)
-    minutes = time.process_time() / 60
-    training.save(model, processor, args.out)
-    scores = evaluate(args.out, args.seed)
-    training.write_card(
-        args.out,
-        scores,
+    training.finish(
+        args,
+        model,
+        processor,
+        evaluate,
         {
             "input": f"a picture, squeezed to {SIDE} x {SIDE}, and a question as in `questions.jsonl`",
             "output": "one word",
-            "training": training.training_facts(args, minutes),
         },
         title="A tiny BLIP that answers questions about coloured shapes",
-        kind="BlipForQuestionAnswering",
-        parameters=model.num_parameters(),
-        script="train_vqa.py",
         pipeline="visual-question-answering",
         limits="On photos, or asked something else, its answers mean nothing.",
     )
-    for name, value in scores.items():
-        print(f"{value:6.1%}  {name}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional
-from transformers import BertTokenizer, BlipConfig, BlipImageProcessor, BlipProcessor, PreTrainedModel
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipImageProcessor,
+    BlipProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 # Each attribute's values in a fixed order; a picture's and a caption's attributes are indices into these.
 ATTRIBUTES: dict[str, tuple[object, ...]] = {
@@ -174,7 +182,7 @@ def blip_config(tokenizer: BertTokenizer, vision: dict[str, int], text: dict[str
     return BlipConfig(vision_config={**common, **vision}, text_config={**common, **text, **ids})
 
 
-def save(model: PreTrainedModel, processor: BlipProcessor, folder: Path) -> None:
+def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     """Save everything that the Auto classes need, in full precision."""
     model.float().save_pretrained(folder)
     # Padding a batch leaves its settings in the tokenizer, which would be saved and depend on what ran last.
@@ -309,3 +317,22 @@ def write_card(folder: Path, scores: dict[str, float], facts: dict[str, str], **
         **words,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def finish(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    evaluate: Callable[[Path, int], dict[str, float]],
+    facts: dict[str, str],
+    **words: str,
+) -> None:
+    """Save a trained model, measure it as saved, and write and print what came out."""
+    minutes = time.process_time() / 60
+    save(model, processor, args.out)
+    scores = evaluate(args.out, args.seed)
+    words |= {"kind": type(model).__name__, "script": Path(sys.argv[0]).name}
+    facts = {**facts, "training": training_facts(args, minutes)}
+    write_card(args.out, scores, facts, parameters=model.num_parameters(), **words)
+    for name, value in scores.items():
+        print(f"{value:6.1%}  {name}")
