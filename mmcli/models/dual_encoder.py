@@ -24,7 +24,8 @@ from mmcli.models.plan import AudioSpec, EmbeddingPlan, Inputs, TextSpec, VideoS
 if TYPE_CHECKING:
     import torch
 
-    from mmcli.models.runner import Tower
+    from mmcli.models.head import Similarity
+    from mmcli.models.runner import Conditioned, Loaded, Tower
 
 FAMILY = "dual encoder"
 
@@ -41,6 +42,9 @@ class DualEncoder:
     num_frames   where it has the frames of a clip that a video tower takes
     first_token  it gives a vector per token, of which its contrastive loss takes the first
     model_class  the transformers class; None: AutoModel's
+    scale        the parameter that scales logits: by its exponential, or "temperature" divides; None: it has none
+    activation   of its logits, as it was trained
+    conditioned  its texts' vectors depend on the clip that they are compared with
     """
 
     modalities: tuple[Modality, ...]
@@ -51,30 +55,33 @@ class DualEncoder:
     num_frames: str | None = None
     first_token: bool = False
     model_class: str | None = None
+    scale: str | None = "logit_scale"
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    conditioned: bool = False
 
 
 _TEXT_IMAGE: tuple[Modality, ...] = ("text", "image")
-_SIGLIP = DualEncoder(_TEXT_IMAGE, size="vision_config.hidden_size", padding="max_length")
+_SIGLIP = DualEncoder(_TEXT_IMAGE, size="vision_config.hidden_size", padding="max_length", activation="sigmoid")
 
 # model_type of config.json -> how it is called
 DUAL_ENCODERS = {
-    "align": DualEncoder(_TEXT_IMAGE, padding="max_length", max_length=64),
+    "align": DualEncoder(_TEXT_IMAGE, padding="max_length", max_length=64, scale="temperature"),
     "altclip": DualEncoder(_TEXT_IMAGE),
     "blip": DualEncoder(_TEXT_IMAGE),
     "chinese_clip": DualEncoder(_TEXT_IMAGE),
-    "clap": DualEncoder(("text", "audio")),
+    "clap": DualEncoder(("text", "audio"), scale="logit_scale_a"),
     "clip": DualEncoder(_TEXT_IMAGE),
     "flava": DualEncoder(_TEXT_IMAGE, first_token=True),
     "metaclip_2": DualEncoder(_TEXT_IMAGE),
     "siglip": _SIGLIP,
     "siglip2": _SIGLIP,
     "vision-text-dual-encoder": DualEncoder(_TEXT_IMAGE),
-    "xclip": DualEncoder(("text", "video"), num_frames="vision_config.num_frames"),
+    "xclip": DualEncoder(("text", "video"), num_frames="vision_config.num_frames", conditioned=True),
 }
 # Checkpoints saved as another class than their type's AutoModel, by the `architectures` of config.json.
 BY_ARCHITECTURE = {
     "BlipForImageTextRetrieval": DualEncoder(
-        _TEXT_IMAGE, size="image_text_hidden_size", model_class="BlipForImageTextRetrieval"
+        _TEXT_IMAGE, size="image_text_hidden_size", model_class="BlipForImageTextRetrieval", scale=None
     ),
 }
 
@@ -136,6 +143,7 @@ def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: DualEnc
         ),
         pooling=None,
         normalize=True if options.normalize is None else options.normalize,
+        activation=row.activation if "text" in wanted else None,
         dtype=dtype,
         device=options.device,
         attn_implementation=options.attn_implementation,
@@ -143,11 +151,11 @@ def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: DualEnc
     )
 
 
-def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
+def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
     """The towers of a loaded model, one per modality."""
     import transformers
 
-    from mmcli.models.runner import load_model
+    from mmcli.models.runner import Loaded, load_model
 
     row: DualEncoder = plan.detail
     model_class = getattr(transformers, row.model_class or "AutoModel")
@@ -158,7 +166,40 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
         towers = {m: _features(getattr(model, f"get_{m}_features"), row.first_token) for m in row.modalities}
     if plan.inputs.video and not plan.inputs.video.native:
         towers["video"] = frame_tower(towers["image"], plan.normalize)
-    return towers
+    return Loaded(towers, _similarity(model, row), _conditioned(model) if row.conditioned else None)
+
+
+# BLIP's contrastive loss divides by a temperature that begins at this, and that its checkpoints leave out.
+_BLIP_TEMPERATURE = 0.07
+
+
+def _similarity(model: Any, row: DualEncoder) -> Similarity:
+    """How the model's own forward pass makes logits of cosines."""
+    from mmcli.models.head import Similarity
+
+    if row.scale is None:
+        return Similarity(1 / _BLIP_TEMPERATURE)
+    learned = getattr(model, row.scale).float()
+    scale = float(1 / learned if row.scale == "temperature" else learned.exp())
+    bias = float(model.logit_bias) if row.activation == "sigmoid" else 0.0
+    return Similarity(scale, bias, row.activation)
+
+
+def _conditioned(model: Any) -> Conditioned:
+    """X-CLIP's video-specific prompting (Ni et al. 2022, section 3.3): a text's vector heeds the clip's patches."""
+
+    def compare(inputs: dict[str, torch.Tensor], texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        clips = inputs["pixel_values"]
+        count, frames = clips.shape[:2]
+        seen = model.vision_model(pixel_values=clips.flatten(0, 1))
+        of_frames = model.visual_projection(seen.pooler_output).view(count, frames, -1)
+        vectors = model.mit(of_frames).pooler_output
+        patches = model.prompts_visual_layernorm(seen.last_hidden_state[:, 1:])
+        patches = (patches @ model.prompts_visual_projection).unflatten(0, (count, frames)).mean(dim=1)
+        texts = texts.to(patches.dtype).expand(count, -1, -1)
+        return vectors, texts + model.prompts_generator(texts, patches)
+
+    return compare
 
 
 def _features(method: Callable[..., Any], first_token: bool) -> Tower:

@@ -16,7 +16,7 @@ from mmcli.models.plan import AudioSpec, EmbeddingPlan, Inputs, TextSpec, VideoS
 if TYPE_CHECKING:
     import torch
 
-    from mmcli.models.runner import Tower
+    from mmcli.models.runner import Loaded, Tower
 
 FAMILY = "encoder"
 # Of the picture that measures a network's vectors; convolutions take any.
@@ -229,13 +229,13 @@ def _measured_size(plan: EmbeddingPlan) -> int:
         raise ConfigError(f"-m {checkpoint.id}: config.json is not usable: {one_line(str(error))}") from error
 
 
-def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
+def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
     """The tower of a loaded model; an image encoder has one for the frames of clips too."""
     import torch
     from transformers import AutoModel
 
     from mmcli.models.dual_encoder import frame_tower
-    from mmcli.models.runner import load_model
+    from mmcli.models.runner import Loaded, load_model
 
     pooling: Pooling = plan.detail
     unused = _TRAINING_ONLY if pooling.name == "pooler" else (*_TRAINING_ONLY, "pooler.")
@@ -246,7 +246,7 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
     towers: dict[Modality, Tower] = dict.fromkeys(plan.modalities, tower)
     if plan.inputs.video and not plan.inputs.video.native:
         towers["video"] = frame_tower(tower, plan.normalize)
-    return towers
+    return Loaded(towers)
 
 
 def encoder_tower(model: Any, pooling: Pooling) -> Tower:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,11 @@ from mmcli.core.records import (
 from mmcli.models.options import Generation, ModelOptions
 from mmcli.models.prompts import Prompts, joint_modality
 
+if TYPE_CHECKING:
+    import torch
+
+    from mmcli.models.head import Similarity
+
 PREFIX = "fake:"
 _LARGEST = 65_536
 
@@ -53,6 +58,7 @@ class FakePlan:
     load_ms: float = 0.0
     obey: bool = False
     modalities: frozenset[Modality] = frozenset(MODALITIES)
+    activation: Literal["softmax", "sigmoid"] | None = "softmax"
 
     def describe(self) -> dict[str, Any]:
         """Only what changes vectors."""
@@ -142,10 +148,30 @@ class FakeWriterProcessor:
 
 
 class FakeRunner:
-    """Stacks the vectors."""
+    """Stacks the vectors. In classification a label is what has the same vector: its cosines count 20-fold."""
+
+    conditioned = None
 
     def __init__(self, plan: FakePlan) -> None:
         self._plan = plan
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def similarity(self) -> Similarity:
+        from mmcli.models.head import Similarity
+
+        return Similarity(20.0)
+
+    def vectors(self, batch: np.ndarray) -> torch.Tensor:
+        """As `forward`."""
+        import torch
+
+        return torch.from_numpy(self.forward(batch))
 
     def collate(self, samples: Sequence[Sample]) -> np.ndarray:
         return np.stack([s.arrays["vector"] for s in samples])

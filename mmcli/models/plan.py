@@ -115,12 +115,14 @@ class CheckpointPlan:
 class EmbeddingPlan(CheckpointPlan):
     """See mmcli.core.protocols.EmbeddingModelPlan; its loader gives Towers by modality (mmcli.models.runner).
 
-    normalize  divide vectors by their L2 norm
+    normalize   divide vectors by their L2 norm
+    activation  of the logits that cosines of its vectors make; None: its vectors are of no shared space
     """
 
     embedding_size: int
     pooling: str | None
     normalize: bool
+    activation: Literal["softmax", "sigmoid"] | None = None
 
     def describe(self) -> dict[str, Any]:
         """What identifies the vectors."""

@@ -12,11 +12,28 @@ import torch
 from mmcli.core.errors import MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
 from mmcli.models.device import choose_device, keep_freed_memory
+from mmcli.models.head import Similarity
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
 from mmcli.models.plan import CheckpointPlan, EmbeddingPlan
 
 # Model inputs of one modality by name -> vectors [n, D], in whatever dtype.
 Tower = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+# Model inputs, features of texts [P, D] -> vectors [n, D] and what the texts become beside each, [n, P, D].
+Conditioned = Callable[[dict[str, torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model that gives vectors.
+
+    towers       of each modality
+    similarity   how its cosines are read; None: its vectors are of no shared space
+    conditioned  of a model whose texts' vectors depend on what they are compared with (X-CLIP)
+    """
+
+    towers: dict[Modality, Tower]
+    similarity: Similarity | None = None
+    conditioned: Conditioned | None = None
 
 
 @dataclass(slots=True)
@@ -100,22 +117,28 @@ class EmbeddingRunner(TorchRunner):
     def __init__(self, plan: EmbeddingPlan) -> None:
         super().__init__(plan)
         self._plan = plan
-        self._towers: dict[Modality, Tower] = self.loaded
+        loaded: Loaded = self.loaded
+        self._towers = loaded.towers
+        self.similarity, self.conditioned = loaded.similarity, loaded.conditioned
         if plan.compile:
             self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray | PendingVectors:
         """Batch -> float32 [n, D]. Raises torch.OutOfMemoryError, ModelError for vectors of another size."""
+        vectors = self.vectors(batch)
+        if self._plan.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
+
+    def vectors(self, batch: Batch) -> torch.Tensor:
+        """Batch -> float32 [n, D] on the device, not normalised. Raises as `forward`."""
         vectors = self._towers[batch.modality](self.to_device(batch))
         if vectors.ndim != 2 or vectors.shape[1] != self._plan.embedding_size:
             raise ModelError(
                 f"the model gave vectors of shape {tuple(vectors.shape)}, not [n, {self._plan.embedding_size}]"
             )
-        vectors = vectors.float()
-        if self._plan.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
+        return vectors.float()
 
 
 def load_model(

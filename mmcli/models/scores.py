@@ -32,7 +32,9 @@ class Ranked:
 
 
 def rank(logits: torch.Tensor, activation: Activation, ranking: Ranking) -> Ranked:
-    """Float logits [n, L] -> Ranked; of equal scores that of the first label is the best. A row that is not finite: NaN.
+    """Float logits [n, L] -> Ranked; of equal scores that of the first label is the best.
+
+    A row with a logit that is not finite has NaN scores.
 
     softmax: one label applies; sigmoid: each is scored alone.
     """

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mmcli.core.errors import ConfigError, ModelError, one_line
-from mmcli.core.records import DecodeOptions, Modality
+from mmcli.core.records import DecodeOptions
 from mmcli.models import dual_encoder
 from mmcli.models.checkpoint import Checkpoint, check_files
 from mmcli.models.facts import available, max_positions, max_tokens
@@ -24,13 +24,16 @@ from mmcli.models.plan import EmbeddingPlan, Inputs, TextSpec
 if TYPE_CHECKING:
     import torch
 
-    from mmcli.models.runner import Tower
+    from mmcli.models.runner import Loaded
 
     # What the modules hand on: "token_embeddings" [n, T, D], "sentence_embedding" [n, D], "mask" [n, T].
     Features = dict[str, torch.Tensor]
     Step = Callable[[Features], None]
 
 FAMILY = "sentence-transformers"
+# What cosines are multiplied by in the loss that these models are usually trained with: the default of
+# sentence-transformers' MultipleNegativesRankingLoss. A checkpoint does not tell.
+SCALE = 20.0
 MODULES = ("Transformer", "CLIPModel", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # Pooling as flags, of versions before 5.4; vectors are joined in this order.
@@ -127,6 +130,7 @@ def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str) -> Embedding
         decode=DecodeOptions(modalities=inputs.modalities),
         pooling="+".join(m for step in rest if step.kind == "Pooling" for m in _modes(step)) or None,
         normalize=options.normalize or False,
+        activation="softmax",
         dtype=dtype,
         device=options.device,
         attn_implementation=options.attn_implementation,
@@ -292,11 +296,12 @@ def _output_name(module: Module) -> str:
     return str(module.settings.get("module_output_name") or _input_name(module))
 
 
-def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
+def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
     """The tower of texts: the transformer, then its modules."""
     import transformers
 
-    from mmcli.models.runner import load_model
+    from mmcli.models.head import Similarity
+    from mmcli.models.runner import Loaded, load_model
 
     pipeline: Pipeline = plan.detail
     name = _ENCODER_CLASSES.get(plan.checkpoint.config.model_type, "AutoModel")
@@ -313,7 +318,7 @@ def load(plan: EmbeddingPlan, device: torch.device) -> dict[Modality, Tower]:
             step(features)
         return features["sentence_embedding"][:, : pipeline.truncate]
 
-    return {"text": tower}
+    return Loaded({"text": tower}, Similarity(SCALE))
 
 
 def _step(plan: EmbeddingPlan, module: Module, device: torch.device) -> Step:
