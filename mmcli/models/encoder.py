@@ -22,7 +22,7 @@ FAMILY = "encoder"
 # Of the picture that measures a network's vectors; convolutions take any.
 _MEASURED_SIDE = 224
 # Weights that only training needs: checkpoints lack them (wav2vec2-base-960h), and vectors do not depend on them.
-_TRAINING_ONLY = ("masked_spec_embed", "embeddings.mask_token", "predictor.")
+TRAINING_ONLY = ("masked_spec_embed", "embeddings.mask_token", "predictor.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ ENCODERS = {
 
 # Their convolutions are faster on weights laid out as channels_last (one core, batch 32: MobileNetV2 and ResNet-50
 # 1.39 times, RegNet 1.18, EfficientNet 1.14; ConvNeXt 0.95), and the same to 1e-6.
-_CHANNELS_LAST = frozenset(["bit", "efficientnet", "mobilenet_v1", "mobilenet_v2", "regnet", "resnet"])
+CHANNELS_LAST = frozenset(["bit", "efficientnet", "mobilenet_v1", "mobilenet_v2", "regnet", "resnet"])
 
 
 def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: Encoder) -> EmbeddingPlan:
@@ -178,14 +178,15 @@ def _inputs(checkpoint: Checkpoint, options: ModelOptions, row: Encoder) -> Inpu
         case "text":
             return Inputs(text=TextSpec(max_tokens(checkpoint, config)))
         case "audio":
-            return Inputs(audio=_audio_spec(checkpoint, row))
+            return Inputs(audio=audio_spec(checkpoint, row.exact))
         case "image":
             return Inputs(image=True, video=VideoSpec(options.frames, native=False))
         case "video":
             return Inputs(video=VideoSpec(int(setting(config, row.num_frames or "")), native=True))
 
 
-def _audio_spec(checkpoint: Checkpoint, row: Encoder) -> AudioSpec:
+def audio_spec(checkpoint: Checkpoint, exact: bool) -> AudioSpec:
+    """How an audio encoder takes sounds. `exact`: it is known that padding changes its output."""
     config = checkpoint.config
     rate = sampling_rate(checkpoint)
     kernels = getattr(config, "conv_kernel", None)
@@ -197,7 +198,7 @@ def _audio_spec(checkpoint: Checkpoint, row: Encoder) -> AudioSpec:
         samples = (samples - 1) * stride + kernel
     # Group norm takes its statistics over the padding too, and an adapter's convolutions reach over the end.
     group_norm = getattr(config, "feat_extract_norm", None) == "group"
-    exact = row.exact or group_norm or getattr(config, "add_adapter", False)
+    exact = exact or group_norm or getattr(config, "add_adapter", False)
     return AudioSpec("exact" if exact else "masked", rate, samples)
 
 
@@ -238,9 +239,9 @@ def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
     from mmcli.models.runner import Loaded, load_model
 
     pooling: Pooling = plan.detail
-    unused = _TRAINING_ONLY if pooling.name == "pooler" else (*_TRAINING_ONLY, "pooler.")
+    unused = TRAINING_ONLY if pooling.name == "pooler" else (*TRAINING_ONLY, "pooler.")
     model = load_model(AutoModel, plan, device, unused)
-    if plan.checkpoint.config.model_type in _CHANNELS_LAST:
+    if plan.checkpoint.config.model_type in CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)
     tower = encoder_tower(model, pooling)
     towers: dict[Modality, Tower] = dict.fromkeys(plan.modalities, tower)

@@ -72,7 +72,7 @@ class TextProcessor:
         length = len(arrays["input_ids"])
         if length == 0:
             raise RowError("empty_output", "the tokenizer gives no token for this text")
-        return Sample("text", arrays, length=length)
+        return Sample("text", arrays, length=length, group=length if self._spec.exact else ())
 
 
 class ImageProcessor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib import import_module
 from typing import Any, Literal
 
@@ -24,12 +25,14 @@ class TextSpec:
     padding     "longest": to the longest of a batch; "max_length": always to max_length (SigLIP was trained so)
     prefix      put before every text (a sentence-transformers prompt)
     lower_case  texts are lower-cased first (an option of sentence-transformers)
+    exact       only texts of equally many tokens share a batch, since padding changes the output
     """
 
     max_length: int | None
     padding: Literal["longest", "max_length"] = "longest"
     prefix: str = ""
     lower_case: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,27 +186,27 @@ class ClassificationPlan(CheckpointPlan):
     """See mmcli.core.protocols.ClassifierPlan; of checkpoints with a classification head.
 
     labels      in the order of the logits, all different
+    activation  of the logits
+    prompts     texts of each label, where the model reads them
     processor   "module:function" that opens what runs in the decode workers; None: what its inputs usually need
     runner      "module:class" of its Runner, made with the plan
     joiner      "module:function": plan -> what makes a Classified of all outputs of a record; None: they are such
-    activation  of the logits
     """
 
     labels: tuple[str, ...]
     ranking: Ranking
     activation: Literal["softmax", "sigmoid"] = "softmax"
+    prompts: tuple[tuple[str, ...], ...] = ()
     processor: str | None = None
-    runner: str = "mmcli.models.classifier:ClassifierRunner"
+    runner: str = "mmcli.models.classifier_runner:ClassifierRunner"
     joiner: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """What identifies the scores."""
-        return {
-            **self.describe_model(),
-            "labels": list(self.labels),
-            "activation": self.activation,
-            "ranking": self.ranking.describe(),
-        }
+        described = {**self.describe_model(), "labels": list(self.labels), "activation": self.activation}
+        if self.prompts:
+            described["prompts"] = blake2b(repr(self.prompts).encode(), digest_size=16).hexdigest()
+        return {**described, "ranking": self.ranking.describe()}
 
     def open_processor(self) -> Processor | RecordProcessor:
         from mmcli.models.inputs import InputProcessor
