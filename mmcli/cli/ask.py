@@ -35,7 +35,8 @@ def ask(
     Beside each answer stands what tells whether to trust it. An interrupted run goes on when the same command is
     given again.
     """
-    from mmcli.cli.compose import Arguments, WritePlanner
+    from mmcli.cli.compose import Arguments
+    from mmcli.cli.planners import WritePlanner
     from mmcli.cli.prompting import read_questions
     from mmcli.cli.run import execute
 

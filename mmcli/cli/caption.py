@@ -42,7 +42,8 @@ def caption(
 
     An interrupted run goes on when the same command is given again.
     """
-    from mmcli.cli.compose import Arguments, WritePlanner
+    from mmcli.cli.compose import Arguments
+    from mmcli.cli.planners import WritePlanner
     from mmcli.cli.prompting import read_caption
     from mmcli.cli.run import execute
 

@@ -28,7 +28,8 @@ def embed(
 
     An interrupted run goes on when the same command is given again.
     """
-    from mmcli.cli.compose import Arguments, EmbedPlanner
+    from mmcli.cli.compose import Arguments
+    from mmcli.cli.planners import EmbedPlanner
     from mmcli.cli.run import execute
 
     arguments = Arguments(inputs, model, output, run, messages)

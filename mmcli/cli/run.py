@@ -158,10 +158,12 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
         parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),
     )
     stop = StopFlag()
+    ready = prepared.planned.ready
+    plan = prepared.planned.plan if ready is None else ready(prepared)
     work = Work(
         source=prepared.source,
         decoder=_decoder(prepared, snapshot),
-        plan=prepared.planned.plan,
+        plan=plan,
         task=prepared.planned.task,
         report=prepared.report,
         stop=stop,
@@ -202,6 +204,8 @@ def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
 
 
 def _decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
+    if prepared.decoder is not None:
+        return prepared.decoder()
     from mmcli.media.pool import DecodePool, InlineDecoder
 
     plan = prepared.planned.plan

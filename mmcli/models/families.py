@@ -44,13 +44,13 @@ def plan_checkpoint(options: ModelOptions) -> EmbeddingPlan:
     problems: list[str] = []
     if options.pooling is not None and options.pooling not in POOLINGS:
         problems.append(f"--pooling {options.pooling!r} is not one of {', '.join(POOLINGS)}")
-    checkpoint, dtype = _open(options, problems)
-    return _plan(checkpoint, options, dtype)
+    checkpoint, dtype = open_with_dtype(options, problems)
+    return plan_vectors(checkpoint, options, dtype)
 
 
 def plan_writer(options: ModelOptions, generation: Generation) -> GenerationPlan:
     """The plan of a checkpoint that writes. Raises ConfigError with every problem, TryAgain."""
-    checkpoint, dtype = _open(options, [])
+    checkpoint, dtype = open_with_dtype(options, [])
     content = checkpoint.json("config.json")
     kind, architectures = str(content.get("model_type")), tuple(content.get("architectures") or ())
     for family in WRITERS:
@@ -117,7 +117,7 @@ def _row(kind: str, architectures: tuple[str, ...], task: Task) -> Any:
     return next((row for row in found if row is not None), None)
 
 
-def _open(options: ModelOptions, problems: list[str]) -> tuple[Checkpoint, str]:
+def open_with_dtype(options: ModelOptions, problems: list[str]) -> tuple[Checkpoint, str]:
     """The checkpoint and its dtype. Raises ConfigError with these problems and its own."""
     _collect(problems, check_device, options.device)
     chosen = _collect(problems, choose_dtype, options.dtype)
@@ -135,7 +135,8 @@ def _collect(problems: list[str], function: Callable[..., T], *arguments: object
         return None
 
 
-def _plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str) -> EmbeddingPlan:
+def plan_vectors(checkpoint: Checkpoint, options: ModelOptions, dtype: str) -> EmbeddingPlan:
+    """What gives the vectors of a checkpoint. Raises ConfigError."""
     if (checkpoint.directory / "modules.json").is_file():
         from mmcli.models import sentence
 

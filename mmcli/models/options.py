@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmcli.core.records import Media
+
+if TYPE_CHECKING:
+    from mmcli.models.head import Head
 
 # What a model that writes is asked for.
 Task = Literal["caption", "ask"]
@@ -125,12 +128,14 @@ class Classification:
     labels       () where the model has its own
     templates    texts with `{}`, where a label's texts are put in; None: the model's usual one
     question     what a chat model is asked, with {labels} in it; None: the usual one
+    kept         the labels' vectors as they were kept: (head, what identifies its model)
     """
 
     labels: tuple[Label, ...] = ()
     templates: tuple[str, ...] | None = None
     question: str | None = None
     ranking: Ranking = Ranking()
+    kept: tuple[Head, dict[str, Any]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

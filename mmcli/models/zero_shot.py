@@ -32,6 +32,11 @@ def fill(labels: Sequence[Label], templates: Sequence[str]) -> tuple[tuple[str, 
     return tuple(tuple(t.replace("{}", text) for text in label.texts for t in templates) for label in labels)
 
 
+def named(name: str) -> Label:
+    """A label that its name alone stands for."""
+    return Label(name, (name,))
+
+
 def text_processor(plan: Any) -> Callable[[str], Sample]:
     """What makes model inputs of a text, in this process."""
     if not isinstance(plan, EmbeddingPlan):
