@@ -11,8 +11,10 @@ import typer
 from mmcli import __version__
 from mmcli.cli.ask import ask
 from mmcli.cli.caption import caption
+from mmcli.cli.classify import classify
 from mmcli.cli.command import Command
 from mmcli.cli.embed import embed
+from mmcli.cli.eval import evaluate
 from mmcli.cli.inspect import inspect
 from mmcli.core.errors import ConfigError, ExitCode, Stopped, one_line
 
@@ -32,6 +34,8 @@ COMMANDS = {
     "embed": (embed, "One vector per image, sound, clip or text."),
     "caption": (caption, "One text per picture, sound or clip."),
     "ask": (ask, "Answers to questions about every input."),
+    "classify": (classify, "The label of every input."),
+    "eval": (evaluate, "How right predictions are."),
     "inspect": (inspect, "What an output holds."),
 }
 for _name, (_function, _line) in COMMANDS.items():

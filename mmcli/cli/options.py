@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 INPUTS, MODEL, EMBEDDING, QUESTIONS, GENERATION = "Inputs", "Model", "Embedding", "Questions", "Generation"
+LABELS, EXAMPLES = "Labels", "Examples"
 ENDPOINT, OUTPUT, RUN, MESSAGES = "Endpoint", "Output", "Run", "Messages"
 
 
@@ -229,6 +230,108 @@ class QuestionArguments:
             "Answers are JSON: a JSON Schema file, or fields such as 'name, age int, tags list'.",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class LabelArguments:
+    """What there is to choose from, and what becomes of the scores."""
+
+    labels: Annotated[
+        str | None, _option(LABELS, "--labels", "A,B,C", "What an input may be [the model's own labels].")
+    ] = None
+    labels_file: Annotated[
+        Path | None,
+        _option(
+            LABELS,
+            "--labels-file",
+            "FILE",
+            'One a line; or JSON: a list, or {"cat": ["cat", "kitten"]} with texts; or what --save-labels wrote.',
+        ),
+    ] = None
+    template: Annotated[
+        list[str] | None,
+        _option(
+            LABELS,
+            "--template",
+            "TEXT",
+            "What a label is put into: 'a photo of a {}.' [that; of sounds 'This is a sound of {}.']. Repeatable.",
+        ),
+    ] = None
+    templates: Annotated[
+        str | None,
+        _option(LABELS, "--templates", "NAME", "A known set of them: imagenet80, simple7, audio or none."),
+    ] = None
+    question: Annotated[
+        str | None,
+        _option(LABELS, "--question", "TEXT", "What a chat model is asked; {labels} are these. @FILE reads it."),
+    ] = None
+    multi_label: Annotated[
+        bool, _option(LABELS, "--multi-label", None, "Any number of labels applies; each is scored alone.")
+    ] = False
+    threshold: Annotated[
+        str, _option(LABELS, "--threshold", "P", "With --multi-label: labels with this score apply.")
+    ] = "0.5"
+    top_k: Annotated[str, _option(LABELS, "--top-k", "K", "How many of the best labels to list.")] = "5"
+    min_score: Annotated[
+        str | None,
+        _option(LABELS, "--min-score", "P", "Below it no label is given, and the column rejected says so."),
+    ] = None
+    save_labels: Annotated[
+        Path | None,
+        _option(LABELS, "--save-labels", "FILE", "Keep the labels' vectors, for --labels-file: a .parquet file."),
+    ] = None
+    vector_column: Annotated[
+        str | None,
+        _option(
+            INPUTS, "--vector-column", "COLUMN", "Inputs are vectors in this column [that of an output of embed]."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class FewShotArguments:
+    """Solved examples, and what is made of them."""
+
+    examples: Annotated[
+        Path | None,
+        _option(
+            EXAMPLES,
+            "--examples",
+            "PATH",
+            "Solved examples: a folder with one folder for each label, a manifest, or an output of embed.",
+        ),
+    ] = None
+    label_column: Annotated[
+        str, _option(EXAMPLES, "--label-column", "COLUMN", "Column of the examples' manifest with their labels.")
+    ] = "label"
+    method: Annotated[
+        str,
+        _option(
+            EXAMPLES,
+            "--method",
+            "NAME",
+            "mean: nearest class mean; probe: logistic regression; tip-adapter: with zero-shot [by their number].",
+        ),
+    ] = "auto"
+    tip_alpha: Annotated[str, _option(EXAMPLES, "--tip-alpha", "A", "Weight of tip-adapter's examples.")] = "1"
+    tip_beta: Annotated[str, _option(EXAMPLES, "--tip-beta", "B", "Sharpness of tip-adapter's examples.")] = "5.5"
+    save_head: Annotated[
+        Path | None, _option(EXAMPLES, "--save-head", "FOLDER", "Keep the head: -m FOLDER classifies with it.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class IntoArguments:
+    """Files in folders of their labels."""
+
+    into: Annotated[
+        Path | None,
+        _option(
+            OUTPUT, "--into", "FOLDER", "Put each file into FOLDER/label/ too, with a metadata.csv (imagefolder)."
+        ),
+    ] = None
+    link: Annotated[bool, _option(OUTPUT, "--link", None, "With --into: as symbolic links [that].")] = False
+    copy: Annotated[bool, _option(OUTPUT, "--copy", None, "With --into: as copies.")] = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,17 @@ def decimal(option: str, text: str) -> float:
     return value
 
 
+def share(option: str, text: str) -> float:
+    """A number from 0 to 1, as in 0.5."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{option} {text!r} is not a number from 0 to 1, such as 0.5")
+    return value
+
+
 def choice(option: str, text: str, choices: tuple[str, ...]) -> str:
     """`text`, when it is one of `choices`."""
     if text not in choices:

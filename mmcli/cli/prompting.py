@@ -60,7 +60,7 @@ def read_caption(
     from mmcli.models.options import Generation
 
     before = len(problems.lines)
-    prompt = problems.collect(_text, "--prompt", caption.prompt)
+    prompt = problems.collect(read_text, "--prompt", caption.prompt)
     wanted = Generation(prompt=prompt, language=speech.language, translate=speech.translate)
     generation = _generation(wanted, how, seed, problems)
     return Asked(("",), generation) if len(problems.lines) == before else None
@@ -120,7 +120,7 @@ def _generation(wanted: Generation, how: GenerationArguments, seed: int, problem
             problems.add(f"{flag} does not go with --num-beams {beams}; leave one out")
     if wanted.choices and temperature:
         problems.add("--choices compares probabilities, nothing is drawn; leave --temperature out")
-    system = problems.collect(_text, "--system", how.system)
+    system = problems.collect(read_text, "--system", how.system)
     examples = problems.collect(_examples, how) or ()
     kind = "json" if wanted.schema else "choices" if wanted.choices else wanted.task
     wanted = replace(
@@ -144,7 +144,7 @@ def _columns(generation: Generation) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*names, *regions]))
 
 
-def _text(option: str, text: str | None) -> str | None:
+def read_text(option: str, text: str | None) -> str | None:
     """The text, or that of the file which `@FILE` names. Raises ConfigError."""
     if text is None or not text.startswith("@"):
         if text is not None and not text.strip():
@@ -173,7 +173,7 @@ def _questions(asked: QuestionArguments) -> tuple[tuple[str, str], ...]:
     found: list[tuple[str, str]] = []
     for given in asked.question or ():
         name, text = _named(given)
-        found.append((name, str(_text("--question", text))))
+        found.append((name, str(read_text("--question", text))))
     if asked.questions is not None:
         lines = _file("--questions", asked.questions).splitlines()
         found += [_named(line.strip()) for line in lines if line.strip()]

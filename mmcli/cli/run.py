@@ -149,7 +149,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     from mmcli.engines.writer import PartLimits
 
     limits = prepared.limits
-    batch_size = limits.batch_size or _auto_batch_size(prepared)
+    batch_size = limits.batch_size or auto_batch_size(prepared)
     options = LocalOptions(
         batch_size=batch_size,
         window=_window(batch_size, snapshot, prepared),
@@ -179,7 +179,8 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
         raise _over_budget(prepared) from error
 
 
-def _auto_batch_size(prepared: Prepared) -> int:
+def auto_batch_size(prepared: Prepared) -> int:
+    """Of --batch-size auto."""
     if (wanted := getattr(prepared.planned.plan, "batch_size", None)) is not None:
         return int(wanted)
     device = prepared.arguments.model.device

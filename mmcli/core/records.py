@@ -145,14 +145,15 @@ class Scored:
 class Classified:
     """Where an input belongs among a set of labels.
 
-    top_k    the likeliest labels with their scores, the best first; NaN where the model's scores are not finite
+    top_k    the likeliest labels with their scores, the best first; NaN where the model's scores are not finite;
+             None: a server does not say
     margin   the best score less the second best; None of a single label
     entropy  in nats: of the distribution over all labels; where labels are scored one by one (sigmoid), the mean of
              their binary entropies; None: a server does not say
     labels   those whose scores reach the threshold, the best first; None: one label alone is asked for
     """
 
-    top_k: tuple[tuple[str, float], ...]
+    top_k: tuple[tuple[str, float | None], ...]
     margin: float | None
     entropy: float | None
     labels: tuple[str, ...] | None = None

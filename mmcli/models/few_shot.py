@@ -20,7 +20,7 @@ _SCALE = 20.0
 _SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 _PENALTIES = tuple(10.0**power for power in range(-4, 5))
 # Examples that settings are chosen with.
-_MOST_COMPARED = 10_000
+_LEAST_COMPARED, _MOST_COMPARED = 20, 10_000
 _FOLDS = 5
 
 
@@ -88,7 +88,7 @@ def class_means(support: Support) -> Head:
     """Nearest class mean: the cosine to each class's mean of unit vectors (prototypes; Snell et al. 2017).
 
     Cosines are multiplied by that of _SCALES under which the examples are the likeliest, each beside means that it
-    is left out of; by 20 when every class has one example.
+    is left out of; by 20 where fewer than 20 examples have another of their class.
     """
     unit = _unit(support.vectors)
     sums = np.zeros((len(support.labels), unit.shape[1]), dtype=np.float32)
@@ -102,7 +102,7 @@ def class_means(support: Support) -> Head:
 def _best_scale(unit: np.ndarray, classes: np.ndarray, sums: np.ndarray) -> float:
     counts = np.bincount(classes, minlength=len(sums))
     chosen = np.flatnonzero(counts[classes] > 1)[:_MOST_COMPARED]
-    if not len(chosen):
+    if len(chosen) < _LEAST_COMPARED:
         return _SCALE
     cosines = unit[chosen] @ _unit(sums).T
     own = classes[chosen]

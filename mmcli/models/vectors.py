@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcli.core.errors import ModelError
 from mmcli.core.protocols import EmbeddingModelPlan, Processor, RecordProcessor, Runner
-from mmcli.core.records import Classified, DecodeOptions, Modality, Sample
+from mmcli.core.records import MODALITIES, Classified, DecodeOptions, Modality, Sample
 from mmcli.models.options import Ranking
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ class VectorRunner:
             )
 
     @property
+    def base(self) -> Any:
+        """The runner of the base; None where it is not needed."""
+        return self._base
+
+    @property
     def head(self) -> Head | None:
         """None where the labels' vectors depend on the input."""
         return self._head
@@ -165,3 +170,68 @@ class VectorRunner:
 def with_head(plan: VectorPlan, head: Head, loaded: Any) -> VectorPlan:
     """The plan once its head is made; `loaded`: the base's runner, so that weights are loaded once."""
     return replace(plan, head=head, prompts=(), loaded=loaded)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """The plan of a model that is loaded already in this process; decode workers get the plan alone."""
+
+    plan: EmbeddingModelPlan
+    runner: Any
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        return self.plan.modalities
+
+    @property
+    def decode(self) -> DecodeOptions:
+        return self.plan.decode
+
+    def describe(self) -> dict[str, Any]:
+        """As the plan."""
+        return self.plan.describe()
+
+    def open_processor(self) -> Processor | RecordProcessor:
+        return self.plan.open_processor()
+
+    def load(self) -> Runner:
+        """The runner that is there."""
+        loaded: Runner = self.runner
+        return loaded
+
+    def __reduce__(self) -> Any:
+        return Loaded, (self.plan, None)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorsAlone:
+    """What stands for the model when all vectors are there: see mmcli.core.protocols.EmbeddingModelPlan.
+
+    identity  of the model that made them, as far as their file says
+    """
+
+    embedding_size: int
+    identity: dict[str, Any]
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        return frozenset(MODALITIES)
+
+    @property
+    def decode(self) -> DecodeOptions:
+        return DecodeOptions()
+
+    @property
+    def normalize(self) -> bool:
+        return bool(self.identity.get("normalized", False))
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the vectors."""
+        return {**self.identity, "embedding_size": self.embedding_size}
+
+    def open_processor(self) -> Processor | RecordProcessor:
+        raise ModelError("there is no model to look at media with")
+
+    def load(self) -> Runner:
+        """Raises ModelError: there is none."""
+        raise ModelError("there is no model to look at media with")

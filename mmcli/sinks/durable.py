@@ -117,3 +117,23 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def swap_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a new folder, then put it in the place of `path`, which may be there already.
+
+    A crash leaves the one or the other, or for the moment between two renames none. Raises OSError.
+    """
+    temporary, old = temporary_name(path), path.with_name(f".{path.name}.old")
+    for left in (temporary, old):
+        remove(left)
+    temporary.mkdir()
+    write(temporary)
+    for file in temporary.iterdir():
+        fsync_file(file)
+    fsync_folder(temporary)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(temporary, path)
+    fsync_folder(path.parent)
+    remove(old)

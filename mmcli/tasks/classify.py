@@ -57,9 +57,9 @@ class Classify:
 
     def _values(self, one: Classified) -> list[Any]:
         label, score = one.top_k[0]
-        if not math.isfinite(score):
+        if score is not None and not math.isfinite(score):
             raise RowError("nonfinite", "the model gave NaN or infinite scores", stage="model")
-        rejected = self.min_score is not None and score < self.min_score
+        rejected = self.min_score is not None and score is not None and score < self.min_score
         values: list[Any] = [None if rejected else label, score]
         if self.multi_label:
             values.append(list(one.labels or ()))

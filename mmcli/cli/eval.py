@@ -1,0 +1,440 @@
+"""`mmcli eval`: how right predictions are."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmcli.cli import parse
+from mmcli.cli.options import MESSAGES, OUTPUT, _option, _read_config, with_options
+from mmcli.core.errors import ConfigError, ExitCode, OutputError, StateMismatch
+
+if TYPE_CHECKING:
+    from mmcli.evaluation.kinds import Columns
+    from mmcli.evaluation.measure import Settings
+    from mmcli.evaluation.pairs import Truth
+    from mmcli.evaluation.report import Report
+    from mmcli.evaluation.tables import Table
+    from mmcli.evaluation.vectors import Side
+
+METRICS = ("classification", "caption", "vqa", "speech", "retrieval")
+TOKENIZE, NORMALIZE = ("coco", "whitespace"), ("basic", "none")
+TRUTH, HOW = "Truth", "Metrics"
+
+
+@dataclass(frozen=True)
+class TruthArguments:
+    """What is right."""
+
+    predictions: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PREDICTIONS",
+            help="An output of mmcli, or another Parquet, JSONL, CSV, TSV or JSON file with such columns.",
+            show_default=False,
+        ),
+    ] = None
+    truth: Annotated[
+        str | None,
+        _option(
+            TRUTH,
+            "--truth",
+            "COLUMN|FILE",
+            "What is right: a column of PREDICTIONS (--keep passes it through), or a file that is joined by id.",
+        ),
+    ] = None
+    truth_folder: Annotated[
+        bool,
+        _option(TRUTH, "--truth-folder", None, "The name of the folder that holds a file is its class: cat/1.jpg."),
+    ] = False
+    truth_column: Annotated[
+        str | None, _option(TRUTH, "--truth-column", "COLUMN", "Of the truth file, what is right [by its name].")
+    ] = None
+    id_column: Annotated[
+        str | None,
+        _option(
+            TRUTH, "--id-column", "COLUMN", "Of PREDICTIONS, what joins them with the truth [id; pairs: path, id]."
+        ),
+    ] = None
+    truth_id_column: Annotated[
+        str | None, _option(TRUTH, "--truth-id-column", "COLUMN", "Of the truth file, its ids [as --id-column].")
+    ] = None
+
+
+@dataclass(frozen=True)
+class MetricArguments:
+    """How it is measured."""
+
+    metrics: Annotated[
+        str | None,
+        _option(
+            HOW,
+            "--metrics",
+            "KIND",
+            "classification, caption, vqa, speech or retrieval [by the task or the columns].",
+        ),
+    ] = None
+    column: Annotated[
+        list[str] | None,
+        _option(HOW, "--column", "COLUMN", "The answers [by the kind]; for retrieval the vectors: A,B."),
+    ] = None
+    tokenize: Annotated[
+        str, _option(HOW, "--tokenize", "HOW", "Captions to words: coco (as its evaluation does) or whitespace.")
+    ] = "coco"
+    normalize: Annotated[
+        str,
+        _option(
+            HOW, "--normalize", "HOW", "Speech, before it is compared: basic (no case, no punctuation) or none."
+        ),
+    ] = "basic"
+    bootstrap: Annotated[
+        str, _option(HOW, "--bootstrap", "N", "Samples for the 95 % intervals; 0: no intervals.")
+    ] = "1000"
+    seed: Annotated[str, _option(HOW, "--seed", "N", "Seed of these samples.")] = "0"
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """What is written."""
+
+    json: Annotated[bool, _option(OUTPUT, "--json", None, "One JSON object on stdout instead of a table.")] = False
+    output: Annotated[
+        Path | None, _option(OUTPUT, "-o --output", "FILE.json", "Write that JSON object to a file, too.")
+    ] = None
+    plot: Annotated[
+        Path | None,
+        _option(OUTPUT, "--plot", "FILE.png", "Draw it: reliability and confusions; recall at k; intervals."),
+    ] = None
+    debug: Annotated[bool, _option(MESSAGES, "--debug", None, "Show tracebacks.")] = False
+    config: Annotated[
+        Path | None,
+        _option(
+            MESSAGES,
+            "--config",
+            "FILE.toml",
+            "Read options from a TOML file; the command line wins.",
+            is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None
+
+
+@with_options
+def evaluate(truth: TruthArguments, how: MetricArguments, output: ReportArguments) -> int:
+    """Measure how right predictions are, with 95 % intervals: classes, captions, answers, speech, retrieval.
+
+    mmcli eval classes.parquet --truth label --plot classes.png
+
+    mmcli eval captions.parquet --truth captions_val2014.json
+
+    Rows that failed, and rows without an answer, count against the model.
+    """
+    plan = _Planner(truth, how, output).plan()
+    report = plan()
+    if output.output is not None:
+        _write_json(report, output.output)
+    if output.plot is not None:
+        from mmcli.evaluation.plot import write_plot
+
+        write_plot(report, output.plot)
+    # A locale without UTF-8 must not end in an error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    text = json.dumps(report.to_dict()) if output.json else "\n".join(report.lines())
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    return int(ExitCode.OK)
+
+
+class _Planner:
+    """Options to what is measured. All problems are collected before a row is read."""
+
+    def __init__(self, truth: TruthArguments, how: MetricArguments, output: ReportArguments) -> None:
+        self._truth, self._how, self._output = truth, how, output
+        self._problems = parse.Problems()
+
+    def plan(self) -> _Pairing | _Retrieval:
+        """Raises ConfigError with every problem."""
+        if self._truth.predictions is None:
+            raise ConfigError("no PREDICTIONS given; type mmcli eval, the file that a run has written, and --truth")
+        collect, how = self._problems.collect, self._how
+        settings = self._settings()
+        known = self._problems.lines == []
+        metrics = None if how.metrics is None else collect(parse.choice, "--metrics", how.metrics, METRICS)
+        self._check_outputs()
+        table = collect(_open, self._truth.predictions)
+        plan = None
+        if table is not None and (how.metrics is None or metrics is not None):
+            plan = self._measured(table, metrics, settings)
+        self._problems.check()
+        assert plan is not None
+        assert known
+        return plan
+
+    def _settings(self) -> Settings:
+        from mmcli.evaluation.bootstrap import Resampling
+        from mmcli.evaluation.measure import Settings
+
+        collect, how = self._problems.collect, self._how
+        replicates = collect(parse.number, "--bootstrap", how.bootstrap, 0)
+        seed = collect(parse.number, "--seed", how.seed, 0)
+        collect(parse.choice, "--tokenize", how.tokenize, TOKENIZE)
+        collect(parse.choice, "--normalize", how.normalize, NORMALIZE)
+        return Settings(Resampling(replicates or 0, seed or 0), how.tokenize, how.normalize)
+
+    def _check_outputs(self) -> None:
+        output = self._output.output
+        if output is not None:
+            if output.suffix != ".json":
+                self._problems.add(f"-o {output}: the report is JSON; give e.g. -o {output.with_suffix('.json')}")
+            if output.is_dir() or not output.parent.is_dir():
+                what = "is a folder" if output.is_dir() else f"is in a folder that does not exist: {output.parent}"
+                self._problems.add(f"-o {output} {what}")
+            if self._truth.predictions is not None and _same_file(output, Path(self._truth.predictions)):
+                self._problems.add(f"-o {output} is PREDICTIONS itself; choose another name")
+        if self._output.plot is not None:
+            from mmcli.evaluation.plot import check_plot
+
+            self._problems.collect(check_plot, self._output.plot)
+
+    def _measured(self, table: Table, metrics: str | None, settings: Settings) -> _Pairing | _Retrieval | None:
+        from mmcli.evaluation.kinds import RETRIEVAL, choose_kind
+
+        names = parse.split_names(self._how.column)
+        own_truth = self._truth.truth if self._truth.truth in table.columns else None
+        kind = self._problems.collect(choose_kind, table, metrics, names[0] if names else None, own_truth)
+        if kind is None:
+            self._other_truth(table, needed=False)
+            return None
+        if kind == RETRIEVAL:
+            return self._retrieval(table, names, settings)
+        return self._pairing(table, kind, names, own_truth, settings)
+
+    def _retrieval(self, table: Table, names: tuple[str, ...], settings: Settings) -> _Retrieval | None:
+        from mmcli.evaluation.vectors import choose_sides
+
+        other = self._other_truth(table, needed=False)
+        if self._truth.truth is not None and other is None:
+            if self._truth.truth in table.columns:
+                self._problems.add(
+                    f"--truth {self._truth.truth}: retrieval takes no column of truth; rows are pairs, or give the "
+                    "file with the other vectors"
+                )
+            return None
+        ids = self._truth.id_column, self._truth.truth_id_column
+        sides = self._problems.collect(choose_sides, table, other, names, self._truth.truth_column, ids)
+        return None if sides is None else _Retrieval(*sides, settings)
+
+    def _pairing(
+        self, table: Table, kind: str, names: tuple[str, ...], own_truth: str | None, settings: Settings
+    ) -> _Pairing | None:
+        from mmcli.evaluation.kinds import choose_columns
+
+        if len(names) > 1:
+            self._problems.add(f"--column {','.join(names)}: {kind} is measured of one column at a time")
+        column = names[0] if names else None
+        columns = self._problems.collect(choose_columns, table, kind, column, own_truth, self._truth.id_column)
+        other = None if own_truth is not None else self._other_truth(table, needed=True)
+        joined = self._joined(table, other, kind) if other is not None else None
+        if columns is None or self._problems.lines:
+            return None
+        return _Pairing(table, columns, kind, self._truth, other, joined, settings)
+
+    def _joined(self, table: Table, other: Table, kind: str) -> tuple[str, str] | None:
+        """The id and the truth column of a truth file."""
+        from mmcli.evaluation.kinds import id_of, missing, truth_column
+
+        named = self._truth.truth_id_column
+        if named is not None and (problems := missing(other, "--truth-id-column", named)):
+            for problem in problems:
+                self._problems.add(problem)
+            return None
+        own = self._truth.id_column
+        ids = named or (own if own in other.columns else None) or id_of(other)
+        if ids is None:
+            self._problems.add(
+                f"which column of {other.name} has the ids? Add --truth-id-column, one of {', '.join(other.columns)}"
+            )
+            return None
+        if own is None and id_of(table) is None:
+            self._problems.add(
+                f"which column of {table.name} has the ids? Add --id-column, one of {', '.join(table.columns)}"
+            )
+        column = self._problems.collect(truth_column, other, kind, self._truth.truth_column, ids)
+        return None if column is None else (ids, column)
+
+    def _other_truth(self, table: Table, *, needed: bool) -> Table | None:
+        """The truth file, if it is one."""
+        truth = self._truth
+        if truth.truth is not None and truth.truth_folder:
+            self._problems.add("--truth and --truth-folder: give one of them")
+        if truth.truth is None:
+            if needed and not truth.truth_folder:
+                self._problems.add(
+                    f"what is right? Add --truth with a column of {table.name} ({', '.join(table.columns)}) or a "
+                    "file, or --truth-folder"
+                )
+            for option, value in (
+                ("--truth-column", truth.truth_column),
+                ("--truth-id-column", truth.truth_id_column),
+            ):
+                if value is not None:
+                    self._problems.add(f"{option} {value} is of a truth file; add --truth FILE")
+            return None
+        if truth.truth in table.columns:
+            return None
+        if not os.path.exists(truth.truth) and not Path(truth.truth).suffix:
+            from mmcli.evaluation.kinds import missing
+
+            for problem in missing(table, "--truth", truth.truth):
+                self._problems.add(f"{problem}; and there is no such file")
+            return None
+        return self._problems.collect(_open_truth, truth.truth)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairing:
+    """Answers against truths. `joined`: the id and the truth column of `other`, the truth file."""
+
+    table: Table
+    columns: Columns
+    kind: str
+    arguments: TruthArguments
+    other: Table | None
+    joined: tuple[str, str] | None
+    settings: Settings
+
+    def __call__(self) -> Report:
+        from mmcli.evaluation.measure import measure
+        from mmcli.evaluation.pairs import collect
+        from mmcli.evaluation.report import Report
+
+        truth = self._truth()
+        pairs = collect(self.table, self.columns, truth, self.kind)
+        several = self.table.columns[self.columns.answer] == "list"
+        scores, details, notes = measure(self.kind, pairs, several, self.settings)
+        return Report(
+            predictions=self.table.name,
+            truth=truth.name,
+            kind=self.kind,
+            column=self.columns.answer,
+            job=self.table.job,
+            counts=pairs.counts,
+            settings=self.settings.to_dict(self.kind),
+            scores=scores,
+            details=details,
+            notes=[*self.table.notes, *pairs.notes, *notes],
+        )
+
+    def _truth(self) -> Truth:
+        from mmcli.evaluation.kinds import SPEECH
+        from mmcli.evaluation.pairs import ColumnTruth, FileTruth, FolderTruth
+        from mmcli.sinks.exports import result_id
+
+        # Silence has an empty transcript; an empty class or caption is a missing one.
+        empty = self.kind == SPEECH
+        if self.other is not None and self.joined is not None:
+            same_id = result_id if self.other.annotations else str
+            return FileTruth(self.other, *self.joined, empty, same_id)
+        if self.arguments.truth_folder:
+            return FolderTruth(self.columns.path or self.columns.id or "id")
+        return ColumnTruth(str(self.arguments.truth), empty)
+
+
+@dataclass(frozen=True, slots=True)
+class _Retrieval:
+    """Vectors against vectors."""
+
+    left: Side
+    right: Side
+    settings: Settings
+
+    def __call__(self) -> Report:
+        from mmcli.evaluation.kinds import RETRIEVAL
+        from mmcli.evaluation.measure import measure_retrieval
+        from mmcli.evaluation.report import Report
+        from mmcli.evaluation.vectors import collect_sides
+
+        left, right = self.left, self.right
+        sides = collect_sides(left, right)
+        scores, details, notes = measure_retrieval(sides, self.settings)
+        pairs = f"rows with the same {left.key}" if left.key else "each row is a pair"
+        return Report(
+            predictions=left.table.name,
+            truth=pairs if left.table is right.table else f"{right.table.name}, by {left.key} and {right.key}",
+            kind=RETRIEVAL,
+            column=f"{left.column} and {right.column}",
+            job=left.table.job,
+            counts=sides.counts,
+            settings=self.settings.to_dict(RETRIEVAL),
+            scores=scores,
+            details=details,
+            notes=[*left.table.notes, *notes],
+        )
+
+
+def _open(path: str) -> Table:
+    """An output of mmcli with what is known about its run, or any other table."""
+    from mmcli.evaluation.tables import arrow_columns, open_table
+    from mmcli.sinks.outputs import read_output
+
+    if not os.path.exists(path) and not os.path.exists(f"{path}.mmcli"):
+        raise ConfigError(f"there is no {path}; give what a run was given as -o, or another table")
+    if path.lower().removesuffix(".gz").endswith((".json", ".csv", ".tsv")):
+        return open_table(path)
+    try:
+        info = read_output(path)
+    except (StateMismatch, ConfigError):
+        if os.path.exists(os.path.join(path, "_SUCCESS.json")):
+            raise
+        return open_table(path)
+    from mmcli.evaluation.tables import Table
+
+    def read(columns: Any) -> Any:
+        from mmcli.sinks.formats import load_format
+        from mmcli.sinks.rows import read_rows
+
+        vectors = [name for name in columns if name in found.vectors()]
+        if vectors and info.complete and info.format == "npy":
+            import pyarrow as pa
+
+            schema = pa.schema([info.schema.field(name) for name in columns])
+            batches = load_format("npy").read(info.path, schema)
+        else:
+            batches = read_rows(info, columns)
+        for batch in batches:
+            yield {name: batch.column(name) for name in columns}
+
+    expected = (info.job["inputs"] or {}).get("rows")
+    notes = [] if info.complete else [f"the run is not finished: {info.rows:,} of {expected} rows are there"]
+    found = Table(path, arrow_columns(info.schema), read, job=info.job, notes=notes)
+    return found
+
+
+def _open_truth(path: str) -> Table:
+    try:
+        return _open(path)
+    except ConfigError as error:
+        raise ConfigError([f"--truth: {problem}" for problem in error.problems]) from error
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _write_json(report: Report, path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write -o {path}: {error.strerror or error}") from error

@@ -1,0 +1,297 @@
+"""-m MODEL -> how it classifies: by its own head, by labels as texts, by a head on its vectors, by writing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmcli.core.errors import ConfigError
+from mmcli.core.protocols import ClassifierPlan, EmbeddingModelPlan, Runner, WriterPlan
+from mmcli.core.records import Classified, DecodeOptions, Modality, Scored
+from mmcli.models import dual_encoder, endpoint
+from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.fake import PREFIX as FAKE
+from mmcli.models.few_shot import FewShot
+from mmcli.models.head import Head, is_head, read_head
+from mmcli.models.options import Classification, Generation, ModelOptions, Ranking
+from mmcli.models.vectors import VectorPlan
+
+# What a model that writes is asked, unless --question says it.
+QUESTION = "Which of these is it: {labels}? Answer with one of them and nothing else."
+_NO_LABELS = "add --labels cat,dog, --labels-file FILE, or --examples with a folder for each label"
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """Solved examples, before they are looked at.
+
+    labels  names, of the examples of which there is at least one
+    digest  of all examples and their labels
+    """
+
+    labels: tuple[str, ...]
+    digest: str
+    how: FewShot
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePlan:
+    """See mmcli.core.protocols.ClassifierPlan; of a model that writes, and is asked to choose a label."""
+
+    writer: WriterPlan
+    labels: tuple[str, ...]
+    ranking: Ranking
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        return self.writer.modalities
+
+    @property
+    def decode(self) -> DecodeOptions:
+        return self.writer.decode
+
+    @property
+    def batch_size(self) -> int | None:
+        """What a server is asked at once; None: as many as the device takes."""
+        return getattr(self.writer, "batch_size", None)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the scores."""
+        return {**self.writer.describe(), "labels": list(self.labels), "ranking": self.ranking.describe()}
+
+    def open_processor(self) -> Any:
+        return self.writer.open_processor()
+
+    def open_joiner(self) -> Callable[[Sequence[Any]], Any] | None:
+        """A Scored of all labels -> Classified."""
+        return _Join(len(self.labels), self.ranking)
+
+    def load(self) -> Runner:
+        """Load the weights. Raises ModelError."""
+        return self.writer.load()
+
+
+@dataclass(frozen=True, slots=True)
+class _Join:
+    labels: int
+    ranking: Ranking
+
+    def __call__(self, outputs: Sequence[Any]) -> Classified:
+        scored: Scored = outputs[0]
+        ranked = scored.top_k
+        if len(ranked) < self.labels:
+            # A server tells the score of what it chose, or none.
+            return Classified(((scored.answer, scored.score),), None, None)
+        entropy = -sum(score * math.log(score) for _, score in ranked if score > 0)
+        return Classified(ranked[: self.ranking.top_k], ranked[0][1] - ranked[1][1], entropy)
+
+
+def resolve_classifier(
+    options: ModelOptions, wanted: Classification, solved: Solved | None = None, given: bool = False
+) -> ClassifierPlan:
+    """How a model classifies, before weights are loaded.
+
+    solved  examples that its head will be made of
+    given   inputs are vectors of this model
+    Raises ConfigError for what does not go together, TryAgain for the hub.
+    """
+    if is_head(options.model):
+        return _saved_head(options, wanted, solved)
+    if options.model.startswith(FAKE):
+        from mmcli.models.fake import resolve_fake
+
+        return on_vectors(resolve_fake(options), options, wanted, solved, given)
+    if options.model.startswith(endpoint.PREFIX):
+        if solved is not None or given:
+            raise ConfigError(f"-m {options.model}: a server gives no vectors; choose another model for --examples")
+        return _choosing(endpoint.resolve_endpoint(options, _asked(options.model, wanted)), wanted)
+    return _checkpoint(options, wanted, solved, given)
+
+
+def _checkpoint(
+    options: ModelOptions, wanted: Classification, solved: Solved | None, given: bool
+) -> ClassifierPlan:
+    from mmcli.models import classifier, entailment, families
+
+    checkpoint, dtype = families.open_with_dtype(options, [])
+    if solved is None and not given:
+        if wanted.labels and (pairs := entailment.find(checkpoint)) is not None:
+            return entailment.plan(checkpoint, options, dtype, pairs, wanted)
+        if (own := classifier.find(checkpoint)) is not None:
+            return classifier.plan(checkpoint, options, dtype, own, wanted)
+        if _writes(checkpoint):
+            generation = _asked(options.model, wanted)
+            return _choosing(families.plan_writer(options, generation), wanted)
+    try:
+        base = families.plan_vectors(checkpoint, options, dtype)
+    except ConfigError as error:
+        raise _unsupported(checkpoint, solved, error) from error
+    return on_vectors(base, options, wanted, solved, given)
+
+
+def _unsupported(checkpoint: Checkpoint, solved: Solved | None, error: ConfigError) -> ConfigError:
+    if solved is not None and _writes(checkpoint):
+        return ConfigError(
+            f"-m {checkpoint.id}: it writes and gives no vectors, which --examples are compared by; "
+            "mmcli ask --choices shows examples to such a model"
+        )
+    return error
+
+
+def _writes(checkpoint: Checkpoint) -> bool:
+    """Whether it answers questions, and gives no vectors of a shared space."""
+    from mmcli.models import families
+
+    content = checkpoint.json("config.json")
+    kind, architectures = str(content.get("model_type")), tuple(content.get("architectures") or ())
+    if any(name in dual_encoder.BY_ARCHITECTURE for name in architectures):
+        return False
+    return any(family.find(kind, architectures, "ask") is not None for family in families.WRITERS)
+
+
+# ------------------------------------------------------------------------------------- by its vectors
+
+
+def on_vectors(
+    base: EmbeddingModelPlan, options: ModelOptions, wanted: Classification, solved: Solved | None, given: bool
+) -> VectorPlan:
+    from mmcli.models import zero_shot
+
+    problems = _vector_problems(base, options, wanted, solved)
+    if problems:
+        raise ConfigError(problems)
+    if wanted.kept is not None:
+        head, identity = wanted.kept
+        check_same_model(base, options.model, identity, "--labels-file: its vectors")
+        return VectorPlan(base, head.labels, wanted.ranking, head.method, head=head, given=given)
+    templates = wanted.templates or (zero_shot.default_template(base.modalities),)
+    if solved is None:
+        prompts = zero_shot.fill(wanted.labels, templates)
+        zero_shot.check_distinct(base, wanted.names, prompts)
+        made = {"name": "zero-shot", "templates": list(templates)}
+        return VectorPlan(base, wanted.names, wanted.ranking, made, prompts, given=given)
+    prompts = ()
+    made = {**solved.how.describe(), "examples": solved.digest}
+    if solved.how.method == "tip-adapter":
+        texts = {label.name: label for label in wanted.labels} or {}
+        labels = [texts.get(name) or zero_shot.named(name) for name in solved.labels]
+        prompts = zero_shot.fill(labels, templates)
+        made["templates"] = list(templates)
+    return VectorPlan(base, solved.labels, wanted.ranking, made, prompts, given=given)
+
+
+def _vector_problems(
+    base: EmbeddingModelPlan, options: ModelOptions, wanted: Classification, solved: Solved | None
+) -> list[str]:
+    activation = getattr(base, "activation", None)
+    problems = []
+    if solved is None and not wanted.labels and wanted.kept is None:
+        problems.append(f"-m {options.model}: it has no labels of its own; {_NO_LABELS}")
+    needs_texts = solved is None or solved.how.method == "tip-adapter"
+    if needs_texts and activation is None and wanted.kept is None:
+        takes = ", ".join(sorted(base.modalities))
+        problems.append(
+            f"-m {options.model}: it gives vectors of {takes} alone, which labels cannot be compared with; "
+            "take a model such as CLIP, or solved --examples with --method mean or probe"
+        )
+    elif wanted.ranking.threshold is not None and (solved is not None or activation != "sigmoid"):
+        what = "a head of examples" if solved is not None else "this model"
+        problems.append(
+            f"--multi-label: the labels of {what} compete for one input (softmax); SigLIP scores each alone, "
+            "and so do text models of entailment"
+        )
+    if wanted.question is not None:
+        problems.append(f"--question: -m {options.model} is asked nothing; leave it out (see --template)")
+    if "text" not in base.modalities and needs_texts and activation is not None:
+        problems.append(f"-m {options.model}: it has no tokenizer for the labels")
+    return problems
+
+
+def check_same_model(base: EmbeddingModelPlan, model: str, identity: dict[str, Any], whose: str) -> None:
+    """Raise ConfigError unless vectors that `identity` describes are of the same model."""
+    here = base.describe()
+    for name in ("family", "weights", "revision", "pooling", "embedding_size"):
+        if name in identity and identity[name] != here.get(name, identity[name]):
+            raise ConfigError(
+                f"{whose} are of another model ({identity.get('id')}, {name} {identity[name]}) than -m {model} "
+                f"({here[name]})"
+            )
+    if base.embedding_size != identity.get("size", base.embedding_size):
+        raise ConfigError(
+            f"{whose} have {identity['size']} numbers, those of -m {model} {base.embedding_size}: another model's"
+        )
+
+
+def _saved_head(options: ModelOptions, wanted: Classification, solved: Solved | None) -> VectorPlan:
+    from mmcli.models.resolve import resolve
+
+    if wanted.labels or wanted.kept is not None or solved is not None or wanted.templates is not None:
+        raise ConfigError(
+            f"-m {options.model}: this head has its labels; leave --labels, --template and --examples out"
+        )
+    head, told = read_head(Path(options.model))
+    if wanted.ranking.threshold is not None and head.activation != "sigmoid":
+        raise ConfigError(f"--multi-label: the labels of {options.model} compete for one input (softmax)")
+    options = replace(
+        options,
+        model=str(told["model"]),
+        revision=told.get("revision"),
+        pooling=told.get("pooling"),
+        normalize=told.get("normalize"),
+    )
+    try:
+        base = resolve(options)
+    except ConfigError as error:
+        raise ConfigError([f"the model of this head: {problem}" for problem in error.problems]) from error
+    check_same_model(base, options.model, {**told["identity"], "size": head.embedding_size}, "the head's vectors")
+    return VectorPlan(base, head.labels, wanted.ranking, {**head.method, "weights": told["weights"]}, head=head)
+
+
+# ----------------------------------------------------------------------------------------- by writing
+
+
+def _asked(model: str, wanted: Classification) -> Generation:
+    """The question that has labels for an answer. Raises ConfigError."""
+    if not wanted.labels:
+        raise ConfigError(f"-m {model}: it has no labels of its own; add --labels cat,dog or --labels-file FILE")
+    problems = []
+    if wanted.ranking.threshold is not None:
+        problems.append(
+            f"--multi-label: -m {model} chooses one label; ask about each: mmcli ask -q ... --choices yes,no"
+        )
+    if wanted.templates is not None:
+        problems.append(f"--template: -m {model} is asked a question; say it with --question")
+    if problems:
+        raise ConfigError(problems)
+    names = ", ".join(wanted.names).replace("{", "{{").replace("}", "}}")
+    question = (wanted.question or QUESTION).replace("{labels}", names)
+    return Generation(questions=(question,), choices=wanted.names, max_new_tokens=20, task="ask")
+
+
+def _choosing(writer: WriterPlan, wanted: Classification) -> ChoicePlan:
+    return ChoicePlan(writer, wanted.names, wanted.ranking)
+
+
+def head_base(options: ModelOptions, plan: VectorPlan) -> dict[str, Any]:
+    """What a saved head needs to know of the model of its vectors."""
+    from os.path import abspath, isdir
+
+    model = abspath(options.model) if isdir(options.model) else options.model
+    identity = plan.base.describe()
+    normalize = getattr(plan.base, "normalize", None)
+    told = {"model": model, "revision": options.revision, "pooling": options.pooling, "normalize": normalize}
+    assert plan.head is not None
+    return {**told, "identity": identity, "weights": head_identity(plan.head)}
+
+
+def head_identity(head: Head) -> str:
+    """A digest of its numbers."""
+    from hashlib import blake2b
+
+    digest = blake2b(digest_size=16)
+    for tensor in (head.weight, head.bias, *((head.cache.keys, head.cache.classes) if head.cache else ())):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

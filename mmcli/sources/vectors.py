@@ -1,0 +1,233 @@
+"""Records from vectors that are computed already: an output of `mmcli embed`, or a Parquet file of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmcli.core.errors import ConfigError, ErrorCode, ErrorStage, RowError, StateMismatch, one_line
+from mmcli.core.records import MODALITIES, Decoded, Media, Modality, Record, Sample
+from mmcli.sources.names import shown
+from mmcli.sources.snapshot import ResolvedInputs, combine, file_identity
+
+BATCH_ROWS = 4096
+# The modality of vectors that do not say what they are of.
+UNKNOWN = "vector"
+# The name of the model input: as mmcli.models.vectors.VECTOR.
+_INPUT = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class VectorColumns:
+    """Which columns of a file are what.
+
+    vector    fixed_size_list or list of floats
+    id, keep  as for manifests; id: None: `name#row`
+    """
+
+    vector: str
+    id: str | None = None
+    keep: tuple[str, ...] = ()
+
+
+class VectorSource:
+    """One record for each row; its vector float32 [D] is the last of `Record.variables`.
+
+    A row that is an error in the file stays that error; one without a vector, or of another size, is a `bad_row`.
+    """
+
+    slots: tuple[str, ...] = ("",)
+
+    def __init__(self, name: str, files: Sequence[str], columns: VectorColumns) -> None:
+        """Raises ConfigError for a file that cannot be read, and for columns that are not there."""
+        self._name, self._files, self.columns = shown(name), list(files), columns
+        self._identity: str | None = None
+        try:
+            self._rows = [pq.read_metadata(file).num_rows for file in self._files]
+            schema = pq.read_schema(self._files[0])
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"cannot read {self._name}: {one_line(str(error))}") from error
+        self._names = _read_columns(schema, columns, self._name)
+        self.keep = pa.schema([schema.field(name) for name in columns.keep])
+        self.embedding_size = self._size(schema.field(columns.vector).type)
+
+    def _size(self, kind: pa.DataType) -> int:
+        """D: of the type, or of the first vector."""
+        if pa.types.is_fixed_size_list(kind):
+            return int(kind.list_size)
+        for batch in self._batches([self.columns.vector], 0):
+            lengths = batch.column(0).drop_null().value_lengths()
+            if len(lengths) and lengths[0].as_py():
+                return int(lengths[0].as_py())
+        raise ConfigError(f"{self._name}: column {self.columns.vector!r} holds no vector")
+
+    def snapshot(self, folder: Path) -> ResolvedInputs:
+        """Nothing is listed: the file itself says what there is. Raises ConfigError."""
+        self._identity = self._digest()
+        told = repr((self.columns, self._name))
+        return ResolvedInputs(sum(self._rows), combine([self._identity, told]))
+
+    def _digest(self) -> str:
+        try:
+            return combine([file_identity(file) for file in self._files])
+        except OSError as error:
+            raise ConfigError(f"cannot read {self._name}: {error.strerror}") from error
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Records from row `start` on. Raises StateMismatch when a file is not the one of the snapshot."""
+        if self._identity is None:
+            raise RuntimeError("call snapshot() before records()")
+        if self._digest() != self._identity:
+            raise StateMismatch(f"{self._name} changed after it was listed", hint="run the same command again")
+        row = start
+        for batch in self._batches(self._names, start):
+            yield from self._records(batch, row)
+            row += len(batch)
+
+    def _batches(self, names: Sequence[str], start: int) -> Iterator[pa.RecordBatch]:
+        """From row `start` on; row groups before it are not read."""
+        first = 0
+        for path in self._files:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    skip, first = max(0, start - first), first + rows
+                    if skip >= rows:
+                        continue
+                    batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(names))
+                    yield from _without(batches, skip, f"{self._name}, row group {group}")
+
+    def _records(self, batch: pa.RecordBatch, first: int) -> Iterator[Record]:
+        cells = {name: batch.column(name) for name in batch.schema.names}
+        ids = self._ids(cells, first, len(batch))
+        paths = cells["path"].to_pylist() if "path" in cells else repeat(None, len(batch))
+        modalities = cells["modality"].to_pylist() if "modality" in cells else repeat(None, len(batch))
+        kept = [cells[name].to_pylist() for name in self.columns.keep]
+        keep = zip(*kept, strict=True) if kept else repeat((), len(batch))
+        vectors, errors = _vectors(cells[self.columns.vector], self.columns.vector, self.embedding_size)
+        errors |= _errors(cells)
+        rows = zip(ids, paths, modalities, keep, strict=True)
+        for index, (name, path, modality, values) in enumerate(rows):
+            media = (Media(modality if modality in MODALITIES else None),)
+            record = Record(first + index, name, path, media, values, (vectors[index],))
+            if index in errors:
+                record.media, record.variables, record.error = (), (), errors[index]
+            yield record
+
+    def _ids(self, cells: dict[str, pa.Array], first: int, count: int) -> Sequence[str]:
+        fallback = [f"{self._name}#{row}" for row in range(first, first + count)]
+        if self.columns.id is None:
+            return fallback
+        found = cells[self.columns.id].to_pylist()
+        return [other if value in (None, "") else str(value) for value, other in zip(found, fallback, strict=True)]
+
+
+@dataclass(slots=True)
+class VectorDecoder:
+    """See mmcli.core.protocols.Decoder: the Sample of a record is its vector."""
+
+    num_workers: int = field(default=0, init=False)
+
+    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+        """In order, in this process; an answer without records while it may not read."""
+        while True:
+            if not may_read():
+                yield Decoded((), ())
+                continue
+            records = next(blocks, None)
+            if records is None:
+                return
+            yield Decoded(records, [(_sample(record),) for record in records])
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _sample(record: Record) -> Sample:
+    modality = record.media[0].modality or cast(Modality, UNKNOWN)
+    return Sample(modality, {_INPUT: record.variables[-1]})
+
+
+def vector_columns(schema: pa.Schema) -> list[str]:
+    """Columns whose cells are lists of floats."""
+    return [f.name for f in schema if _is_list(f.type) and pa.types.is_floating(f.type.value_type)]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind))
+
+
+def _read_columns(schema: pa.Schema, columns: VectorColumns, name: str) -> list[str]:
+    """All that is read of each row. Raises ConfigError."""
+    problems = []
+    if columns.vector not in vector_columns(schema):
+        there = ", ".join(vector_columns(schema)) or "none"
+        problems.append(f"{name}: {columns.vector!r} is no column of vectors; such are: {there}")
+    for flag, wanted in (("--id-column", columns.id), *(("--keep", one) for one in columns.keep)):
+        if wanted is not None and wanted not in schema.names:
+            problems.append(f"{flag} {wanted}: {name} has no such column; it has {', '.join(schema.names)}")
+    if problems:
+        raise ConfigError(problems)
+    own = [one for one in ("path", "modality", *_ERROR_COLUMNS) if one in schema.names and _is_text(schema, one)]
+    wanted_names = chain([columns.vector], [columns.id] if columns.id else [], columns.keep, own)
+    return list(dict.fromkeys(wanted_names))
+
+
+_ERROR_COLUMNS = ("status", "error_code", "error_stage", "error_message")
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    return bool(pa.types.is_string(schema.field(name).type) or pa.types.is_large_string(schema.field(name).type))
+
+
+def _without(batches: Iterator[pa.RecordBatch], skip: int, where: str) -> Iterator[pa.RecordBatch]:
+    """The batches behind the first `skip` rows. Raises StateMismatch for a damaged file."""
+    try:
+        for batch in batches:
+            if skip < len(batch):
+                yield batch.slice(skip)
+            skip = max(0, skip - len(batch))
+    except (OSError, pa.ArrowException) as error:
+        raise StateMismatch(f"{where} cannot be read: {one_line(str(error))}") from error
+
+
+def _vectors(array: pa.Array, name: str, size: int) -> tuple[np.ndarray, dict[int, RowError]]:
+    """float32 [n, D] of a column, and the rows that have none of that size."""
+    found = np.zeros((len(array), size), dtype=np.float32)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    errors = {int(row): _bad(f"column {name!r} is empty") for row in np.flatnonzero(~valid)}
+    if not pa.types.is_fixed_size_list(array.type):
+        lengths = np.asarray(array.value_lengths().fill_null(size))
+        for row in np.flatnonzero(lengths != size):
+            errors[int(row)] = _bad(f"column {name!r} has {lengths[row]} numbers, not {size}")
+            valid[row] = False
+        array = array.filter(pa.array(valid))
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    found[valid] = flat.reshape(-1, size)
+    return found, errors
+
+
+def _errors(cells: dict[str, pa.Array]) -> dict[int, RowError]:
+    """Rows that are errors in the file: they stay what they are."""
+    if not all(name in cells for name in _ERROR_COLUMNS):
+        return {}
+    errors = {}
+    for row, status in enumerate(cells["status"].to_pylist()):
+        if status == "error":
+            code, stage, message = (cells[name][row].as_py() for name in _ERROR_COLUMNS[1:])
+            errors[row] = RowError(
+                cast(ErrorCode, code or "bad_row"), message or "", cast(ErrorStage, stage or "source")
+            )
+    return errors
+
+
+def _bad(message: str) -> RowError:
+    return RowError("bad_row", message, "source")
