@@ -83,7 +83,7 @@ def _load_tower(plan: ClassificationPlan, row: ClassifierHead, device: torch.dev
     if plan.checkpoint.config.model_type in CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)
     tower = _logits_of(model)
-    return _text_tower(model, tower) if row.modality == "text" else tower
+    return _text_tower(model, _with_sparse_attention(model, tower)) if row.modality == "text" else tower
 
 
 def _logits_of(model: Any) -> Tower:
@@ -114,6 +114,20 @@ def _text_tower(model: Any, tower: Tower) -> Tower:
         return tower(inputs | {"input_ids": inputs["input_ids"].masked_fill(behind, pad)})
 
     return padded
+
+
+def _with_sparse_attention(model: Any, tower: Tower) -> Tower:
+    """BigBird reads a short text with full attention, and then all others, too: its own is put back each time."""
+    encoder = next((part for part in model.modules() if hasattr(part, "set_attention_type")), None)
+    if encoder is None:
+        return tower
+    own = encoder.attention_type
+
+    def restored(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        encoder.set_attention_type(own)
+        return tower(inputs)
+
+    return restored
 
 
 def _one_by_one(tower: Tower) -> Tower:

@@ -192,8 +192,8 @@ def audio_spec(checkpoint: Checkpoint, exact: bool) -> AudioSpec:
     kernels = getattr(config, "conv_kernel", None)
     if not kernels:
         return AudioSpec("fixed", rate)
-    # Samples for one output frame, through all convolutions: 400 for wav2vec2 (25 ms).
-    samples = 1
+    # Samples for one output frame, through all convolutions: 400 for wav2vec2 (25 ms). SEW averages frames then.
+    samples = getattr(config, "squeeze_factor", 1)
     for kernel, stride in zip(reversed(kernels), reversed(config.conv_stride), strict=True):
         samples = (samples - 1) * stride + kernel
     # Group norm takes its statistics over the padding too, and an adapter's convolutions reach over the end.
