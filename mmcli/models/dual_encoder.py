@@ -179,9 +179,9 @@ def _similarity(model: Any, row: DualEncoder) -> Similarity:
 
     if row.scale is None:
         return Similarity(1 / _BLIP_TEMPERATURE)
-    learned = getattr(model, row.scale).float()
+    learned = getattr(model, row.scale).detach().float()
     scale = float(1 / learned if row.scale == "temperature" else learned.exp())
-    bias = float(model.logit_bias) if row.activation == "sigmoid" else 0.0
+    bias = float(model.logit_bias.detach()) if row.activation == "sigmoid" else 0.0
     return Similarity(scale, bias, row.activation)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmcli.core.errors import ConfigError
+from mmcli.core.errors import ConfigError, one_line
 from mmcli.core.records import Sample
 from mmcli.models.head import Head, Similarity
 from mmcli.models.options import Label
@@ -57,7 +57,7 @@ def check_distinct(plan: Any, labels: Sequence[str], prompts: Sequence[Sequence[
         other = seen.setdefault(b" ".join(array.tobytes() for array in arrays.values()), label)
         if other != label:
             raise ConfigError(
-                f"the labels {other!r} and {label!r} are the same to the model's tokenizer; "
+                f"the labels {one_line(other, 80)!r} and {one_line(label, 80)!r} are the same to the model's tokenizer; "
                 "it cuts long texts, and does not know every letter"
             )
 
