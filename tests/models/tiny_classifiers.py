@@ -41,23 +41,19 @@ def gpt2_tokenizer() -> Any:
     return made
 
 
-def bart_tokenizer() -> Any:
-    return roberta_tokenizer()
-
-
 def bare(text_model: str, tokenizer: Callable[[], Any], **config: Any) -> Builder:
     """A checkpoint whose config.json has these settings and no others that are common to encoders."""
 
     def build(folder: Path) -> Path:
         made = tokenizer()
-        configuration = getattr(hf, f"{text_model}Config")(vocab_size=len(made), **_COUNT, **config)
+        configuration = getattr(hf, f"{text_model}Config")(vocab_size=len(made), **(_COUNT | config))
         return tiny.save(folder, getattr(hf, f"{text_model}{_TEXT}")(configuration), made)
 
     return build
 
 
 def head(model: str, tokenizer: Callable[[], Any] = bert_tokenizer, **config: Any) -> Builder:
-    return text(model, tokenizer, _TEXT, **_COUNT, **config)
+    return text(model, tokenizer, _TEXT, **(_COUNT | config))
 
 
 _DECODER = {
@@ -96,7 +92,7 @@ TEXTS: dict[str, Builder] = {
     ),
     "xlnet": bare("XLNet", plain_tokenizer, d_model=32, n_layer=2, n_head=4, d_inner=48, pad_token_id=3),
     # Encoder and decoder: the head reads the decoder's end token.
-    "bart": bare("Bart", bart_tokenizer, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    "bart": bare("Bart", roberta_tokenizer, pad_token_id=1, bos_token_id=0, eos_token_id=2,
                  decoder_start_token_id=2, **_BOTH),
     # Decoders: the head reads the last token. GPT-2's finds none to pad with.
     "gpt2": bare("GPT2", plain_tokenizer, pad_token_id=3, **_GPT2),
@@ -106,6 +102,50 @@ TEXTS: dict[str, Builder] = {
     "llama-minus": bare("Llama", plain_tokenizer, pad_token_id=None, **_DECODER),
     "qwen2": bare("Qwen2", plain_tokenizer, pad_token_id=3, **_DECODER),
 }  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------- entailment
+
+
+def nli(*names: str) -> dict[str, Any]:
+    """Settings of a head with these labels."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+_MNLI = nli("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
+
+ENTAILMENT: dict[str, Builder] = {
+    "bart": bare("Bart", lambda: limited(roberta_tokenizer()), pad_token_id=1, bos_token_id=0, eos_token_id=2,
+                 decoder_start_token_id=2, **_MNLI, **_BOTH),
+    "bert": head("Bert", lambda: bert_tokenizer(64), max_position_embeddings=64, **_MNLI),
+    "bert-first": head("Bert", lambda: bert_tokenizer(64), max_position_embeddings=64,
+                       **nli("entailment", "neutral", "contradiction")),
+    "bert-two": head("Bert", lambda: bert_tokenizer(64), max_position_embeddings=64,
+                     **nli("entailment", "not_entailment")),
+    "deberta-v2": head(
+        "DebertaV2", lambda: limited(tiny.deberta_v2_tokenizer()), position_biased_input=False,
+        norm_rel_ebd="layer_norm", position_buckets=16, share_att_key=True,
+        **nli("contradiction", "entailment", "neutral"), **_DISENTANGLED,
+    ),
+    "distilbert": head("DistilBert", lambda: bert_tokenizer(64), dim=32, hidden_dim=48, n_layers=2, n_heads=4,
+                       max_position_embeddings=64, **_MNLI),
+    "mobilebert": head(
+        "MobileBert", lambda: bert_tokenizer(64), embedding_size=16, intra_bottleneck_size=16, true_hidden_size=16,
+        max_position_embeddings=64, normalization_type="layer_norm", **_MNLI,
+    ),
+    "roberta": head("Roberta", lambda: limited(roberta_tokenizer()), max_position_embeddings=66, type_vocab_size=1,
+                    **_MNLI),
+}  # fmt: skip
+
+
+def limited(tokenizer: Any) -> Any:
+    """One that says itself where texts are cut, as the pipeline of transformers needs it."""
+    tokenizer.model_max_length = 64
+    return tokenizer
+
 
 # ------------------------------------------------------------------------------------------------------ images
 
