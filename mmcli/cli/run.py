@@ -198,7 +198,7 @@ def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
 
     # Prompts vary with the columns that they name, and so do the questions of a row, and the shapes of a ViLT's
     # pictures; to a server lengths do not matter.
-    if hasattr(prepared.planned.plan, "batch_size"):
+    if getattr(prepared.planned.plan, "batch_size", None) is not None:
         return batch_size
     fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"} and not prepared.variables
     return window_rows(batch_size, lengths_vary=not fixed or prepared.planned.task.name == "ask")

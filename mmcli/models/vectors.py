@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # The name of the model input that is a vector already.
 VECTOR = "embedding"
+_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class VectorPlan:
     head: Head | None = None
     given: bool = False
     loaded: Any = field(default=None, compare=False)
+
+    @property
+    def batch_size(self) -> int | None:
+        """What is best where inputs are vectors: 100,000 against 1,000 labels take BATCH."""
+        return _BATCH if self.given else None
 
     @property
     def modalities(self) -> frozenset[Modality]:

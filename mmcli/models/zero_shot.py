@@ -56,8 +56,9 @@ def check_distinct(plan: Any, labels: Sequence[str], prompts: Sequence[Sequence[
         arrays = process(texts[0]).arrays
         other = seen.setdefault(b" ".join(array.tobytes() for array in arrays.values()), label)
         if other != label:
+            both = f"{one_line(other, 80)!r} and {one_line(label, 80)!r}"
             raise ConfigError(
-                f"the labels {one_line(other, 80)!r} and {one_line(label, 80)!r} are the same to the model's tokenizer; "
+                f"the labels {both} are the same to the model's tokenizer; "
                 "it cuts long texts, and does not know every letter"
             )
 
