@@ -166,7 +166,6 @@ class _Planner:
             raise ConfigError("no PREDICTIONS given; type mmcli eval, the file that a run has written, and --truth")
         collect, how = self._problems.collect, self._how
         settings = self._settings()
-        known = self._problems.lines == []
         metrics = None if how.metrics is None else collect(parse.choice, "--metrics", how.metrics, METRICS)
         self._check_outputs()
         table = collect(_open, self._truth.predictions)
@@ -175,7 +174,6 @@ class _Planner:
             plan = self._measured(table, metrics, settings)
         self._problems.check()
         assert plan is not None
-        assert known
         return plan
 
     def _settings(self) -> Settings:
@@ -260,7 +258,8 @@ class _Planner:
         ids = named or (own if own in other.columns else None) or id_of(other)
         if ids is None:
             self._problems.add(
-                f"which column of {other.name} has the ids? Add --truth-id-column, one of {', '.join(other.columns)}"
+                f"which column of {other.name} has the ids? Add --truth-id-column, one of "
+                f"{', '.join(other.columns)}"
             )
             return None
         if own is None and id_of(table) is None:
