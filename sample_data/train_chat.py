@@ -40,6 +40,7 @@ DESCRIBE = (
     "Describe the image.",
     "Describe this picture.",
     "Describe this image.",
+    "Describe this image in one sentence.",
     "Write a caption for this picture.",
     "Caption the image.",
     "What is in the picture?",
@@ -71,9 +72,10 @@ def turns_about(scene: world.Scene, rng: random.Random, count: int) -> list[tupl
     doubt = (f"is there a {unevenly}?", "yes" if unevenly == scene.shape else "no")
     turns = []
     for question, answer in rng.sample([*world.questions(scene), doubt, doubt], count):
+        question = training.worded(scene, question, rng)
         if rng.random() < 0.2:
             question, answer = rng.choice(DESCRIBE), world.caption(scene)
-        if rng.random() < 0.25:
+        if rng.random() < 0.4:
             question = question.capitalize()
         turns.append((question, answer))
     return turns
@@ -204,7 +206,7 @@ class Batches:
         """Write a batch of conversations: input ids, mask and labels, and which scenes they are about, in order."""
         chosen = self.rng.sample(range(len(self.scenes)), self.size)
         pictures = 2 if self.rng.random() < 0.25 else 1
-        turns = self.rng.choice((1, 3)) if pictures == 1 else 1
+        turns = self.rng.choice((1, 4)) if pictures == 1 else 1
         talks = [
             conversation([self.scenes[i] for i in chosen[start : start + pictures]], self.rng, turns)
             for start in range(0, self.size, pictures)
@@ -310,7 +312,7 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Train, save and evaluate one model."""
-    args = training.arguments(__doc__, "chat", steps=600, joint=150, batch=64, scenes=16_000)
+    args = training.arguments(__doc__, "chat", steps=1500, joint=200, batch=64, scenes=16_000)
     training.settle(args.seed, args.threads)
     processor = make_processor(CLIP)
     model = make_model(processor.tokenizer, CLIP)
@@ -325,7 +327,7 @@ def main() -> None:
         {
             "input": "messages in ChatML, with pictures of 64 x 64 pixels, 65 tokens each",
             "questions": "as in `questions.jsonl`, and for captions: " + " ".join(DESCRIBE[:5]),
-            "conversations": "a system message, up to three questions on a picture, a second picture",
+            "conversations": "a system message, up to four questions on a picture, a second picture",
             "start": "the picture tower of `../clip`; the language model (a Qwen2 of two layers) untrained",
             "steps": f"{args.steps} with the tower at rest, then {args.joint} of everything",
         },

@@ -45,16 +45,19 @@ IGNORED = -100
 TRAITS = (world.PITCHES, world.MANNERS, world.TIMBRES)  # in the order of a sound's words
 KINDS = [(p, m, t) for p in world.PITCHES for m in world.MANNERS for t in world.TIMBRES]
 
+# (start, end, words) of each sound, in seconds; the end is None where the window cuts it off.
+Events = list[tuple[float, float | None, str]]
+
 
 # ----------------------------------------------------------------------------------------------- sounds
 
 
 @dataclass
 class Heard:
-    """A window of sound, and what is in it: (start, end, words) in seconds; the end is None where it is cut off."""
+    """A window of sound, and what is in it."""
 
     sound: np.ndarray
-    events: list[tuple[float, float | None, str]]
+    events: Events
 
 
 def cell_of(kind: tuple[str, str, str], seed: int | str) -> str:
@@ -88,7 +91,7 @@ def draw_window(rng: random.Random, held_out: bool = False, most: int = 3, cut: 
     """
     samples = SECONDS * world.RATE
     window = np.zeros(samples, np.float32)
-    events: list[tuple[float, float | None, str]] = []
+    events: Events = []
     at = rng.choice((0.0, rng.uniform(0, 1)))
     if cut and rng.random() < 0.3:
         words, sound = draw_sound(rng, held_out)
@@ -178,7 +181,19 @@ def make_model(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
 # --------------------------------------------------------------------------------------------- training
 
 
-def moments_of(events: Sequence[tuple[float, float | None, str]]) -> torch.Tensor:
+def read_on(features: torch.Tensor, events: Events, rng: random.Random) -> tuple[torch.Tensor, Events]:
+    """Begin at the end of one of the sounds, with zeros behind the rest, as generate() reads on in long files."""
+    ends = [end for _, end, _ in events if end is not None]
+    if not ends:
+        return features, events
+    step = round(rng.choice(ends) / TICK)
+    rest = torch.zeros_like(features)
+    rest[:, : features.shape[1] - 2 * step] = features[:, 2 * step :]  # a frame is half a tick
+    past = step * TICK
+    return rest, [(start - past, end and end - past, words) for start, end, words in events if start >= past]
+
+
+def moments_of(events: Events) -> torch.Tensor:
     """Say what sounds at each of the encoder's positions: indices of TRAITS, 0 for silence, int8 [positions, 3]."""
     moments = torch.zeros(round(SECONDS / TICK), len(TRAITS), dtype=torch.int8)
     for start, end, words in events:
@@ -208,15 +223,16 @@ class Batches:
     def __init__(self, processor: WhisperProcessor, windows: int, size: int, seed: int) -> None:
         self.rng = random.Random(f"batches {seed}")
         self.tokenizer, self.size = processor.tokenizer, size
-        self.windows = [draw_window(self.rng, cut=index % 2 == 0) for index in range(windows)]
-        self.features = features_of([window.sound for window in self.windows], processor)
-        self.moments = torch.stack([moments_of(window.events) for window in self.windows])
-        for window in self.windows:
-            window.sound = window.sound[:0]  # not needed any more
+        drawn = [draw_window(self.rng, cut=index % 2 == 0) for index in range(windows)]
+        self.features = features_of([window.sound for window in drawn], processor)
+        self.events = [window.events for window in drawn]
+        for index in self.rng.sample(range(windows), windows // 5):
+            self.features[index], self.events[index] = read_on(self.features[index], self.events[index], self.rng)
+        self.moments = torch.stack([moments_of(events) for events in self.events])
 
     def target(self, index: int) -> list[int]:
         """Write the tokens to be learned for a window; those cut off at its end only with timestamps."""
-        events = self.windows[index].events
+        events = self.events[index]
         stamped = self.rng.random() < 0.5 or any(end is None for _, end, _ in events)
         tokenizer = self.tokenizer
         name = "<|startoftranscript|><|en|><|transcribe|>" + ("" if stamped else "<|notimestamps|>")
@@ -237,7 +253,7 @@ class Batches:
 
         Beside it come the moments of its windows, [N, positions, traits].
         """
-        chosen = self.rng.sample(range(len(self.windows)), self.size)
+        chosen = self.rng.sample(range(len(self.events)), self.size)
         targets = [self.target(index) for index in chosen]
         longest = max(map(len, targets))
         ids = torch.full((self.size, longest), self.tokenizer.pad_token_id)

@@ -118,6 +118,26 @@ class Pictures:
         return normalise(self.pixels[chosen], self.image_processor), self.facts[chosen]
 
 
+# -------------------------------------------------------------------------------------------- questions
+
+
+def generally(scene: world.Scene, question: str, name: str = "the shape") -> str:
+    """Ask without naming what is shown, as one asks about many pictures at once: "what colour is the shape?"."""
+    things = (f"are the {world.PLURALS[scene.shape]}", f"is the {scene.shape}")
+    for named in (*things, f"are the {scene.colour} things", f"is the {scene.colour} thing"):
+        question = question.replace(named, "is it" if question.startswith("what shape") else f"is {name}")
+    return question
+
+
+def worded(scene: world.Scene, question: str, rng: random.Random) -> str:
+    """Word a question as people type it: as it is, or generally, in American spelling, without its mark."""
+    if rng.random() < 0.3:
+        question = generally(scene, question, rng.choice(("the shape", "it")))
+    if rng.random() < 0.2:
+        question = question.replace("colour", "color")
+    return question.removesuffix("?") if rng.random() < 0.1 else question
+
+
 # ------------------------------------------------------------------------------------------------ start
 
 
