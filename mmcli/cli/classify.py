@@ -47,5 +47,5 @@ def classify(
     from mmcli.cli.compose import Arguments
     from mmcli.cli.run import execute
 
-    arguments = Arguments(inputs, model, output, run, messages)
+    arguments = Arguments(inputs, model, output, run, messages, into=into)
     return execute(arguments, ClassifyPlanner(arguments, labels, few_shot, endpoint))

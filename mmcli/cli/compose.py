@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmcli.cli import parse
+from mmcli.cli.into import check_into
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import (
     InputArguments,
+    IntoArguments,
     MessageArguments,
     ModelArguments,
     OutputArguments,
@@ -41,6 +43,7 @@ class Arguments:
     run: RunArguments
     messages: MessageArguments
     sidecars: SidecarArguments | None = None
+    into: IntoArguments | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,7 @@ def prepare(
     limits = _limits(arguments.run, problems)
     _check_output(arguments.output, problems)
     _check_sidecars(arguments, problems)
+    check_into(arguments, problems)
     columns = planner.columns(problems)
     given = planner.given(problems)
     source = _source(arguments, columns, messages, problems) if given is None else given.source

@@ -31,9 +31,9 @@ def run_to_output(prepared: Prepared) -> int:
         _resume(prepared, staging)
         if staging.complete:
             prepared.messages.note(f"{output.output} is complete already; nothing to compute")
-            failure = _write_sidecars(prepared, staging)
+            failure = _write_sidecars(prepared, staging) or _place_files(prepared, staging, layout.schema.names)
         else:
-            failure = _compute(prepared, snapshot, staging, [f.name for f in layout.task_fields])
+            failure = _compute(prepared, snapshot, staging, layout)
     if format_name in RESULTS and prepared.report.error_rows:
         errors = prepared.report.error_rows
         are = "error row is" if errors == 1 else "error rows are"
@@ -62,14 +62,15 @@ def _resume(prepared: Prepared, staging: Staging) -> None:
     check_budget(prepared)
 
 
-def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, columns: list[str]) -> OutputError | None:
-    """Compute what is missing, and finish. Gives why sidecars could not be written."""
-    target = Target(staging, staging.next_row, staging.previous(columns), want_signatures=True)
+def _compute(prepared: Prepared, snapshot: Snapshot, staging: Staging, layout: Layout) -> OutputError | None:
+    """Compute what is missing, and finish. Gives why files beside the output could not be written."""
+    previous = staging.previous([f.name for f in layout.task_fields])
+    target = Target(staging, staging.next_row, previous, want_signatures=True)
     out = prepared.arguments.output.output
     try:
         run_engine(prepared, snapshot, target)
         # While the listing of the inputs is still there.
-        failure = _write_sidecars(prepared, staging)
+        failure = _write_sidecars(prepared, staging) or _place_files(prepared, staging, layout.schema.names)
         with prepared.signals.heard(), prepared.report.timed("finalise"):
             staging.finalise(snapshot.rows, snapshot.notes)
     except (Stopped, TryAgain) as stop:
@@ -95,4 +96,25 @@ def _write_sidecars(prepared: Prepared, staging: Staging) -> OutputError | None:
     prepared.messages.note(tally.line())
     if tally.failure is not None:
         tally.failure.hint = "the output itself is complete; the same command writes those that are missing"
+    return tally.failure
+
+
+def _place_files(prepared: Prepared, staging: Staging, columns: list[str]) -> OutputError | None:
+    """Those of --into, now that all rows are there. Gives why some could not be put there."""
+    wanted = prepared.arguments.into
+    if wanted is None or wanted.into is None:
+        return None
+    from mmcli.sinks.class_folders import Into, label_slots, labelled_rows, place_files
+
+    if wanted.copy:
+        prepared.messages.note(f"copying files into {wanted.into}")
+    slots = label_slots(columns, prepared.source.slots)
+    with prepared.signals.heard(), prepared.report.timed("finalise"):
+        rows = labelled_rows(staging.place, staging.complete, columns, slots)
+        into = Into(wanted.into, staging.place.out, wanted.copy)
+        tally = place_files(prepared.source.records(), rows, slots, into)
+    prepared.messages.note(tally.line(wanted.into))
+    if tally.failure is not None:
+        hint = "the output itself is complete; the same command puts those there that are missing"
+        tally.failure.hint = tally.failure.hint or hint
     return tally.failure
