@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mmcli.evaluation.bootstrap import Resampling, Score, score
+from mmcli.evaluation.bootstrap import Resampling, Score, ratio, score
 
 ORDERS = (1, 2, 3, 4)
 NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
@@ -32,17 +32,15 @@ _TINY, _SMALL = 1e-15, 1e-9
 class CaptionStatistics:
     """What each of n images adds to the scores.
 
-    correct, guessed  int64 [n, 4]: clipped matches, and n-grams of the caption, of each order
-    length, reference int64 [n]: words of the caption, and of the reference nearest in length
-    rouge, cider      float64 [n]
+    parts  float64 [12, n]: of each order the n-grams that match a reference, clipped, and all n-grams; words of the
+           caption, and of the reference nearest in length; ROUGE-L; CIDEr
     """
 
-    correct: np.ndarray
-    guessed: np.ndarray
-    length: np.ndarray
-    reference: np.ndarray
-    rouge: np.ndarray
-    cider: np.ndarray
+    parts: np.ndarray
+
+    @property
+    def cider(self) -> np.ndarray:
+        return np.asarray(self.parts[11])
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
         """NAMES, float64 [6], with the images weighted [n].
@@ -50,11 +48,9 @@ class CaptionStatistics:
         BLEU is of the summed counts; ROUGE-L and CIDEr are means of images. The document frequencies of CIDEr are
         those of all images, whatever the weights: a resample does not change how rare a word is.
         """
-        total = weights.sum() or np.nan
-        bleu = _bleu(
-            weights @ self.correct, weights @ self.guessed, weights @ self.length, weights @ self.reference
-        )
-        return np.array([*bleu, weights @ self.rouge / total, weights @ self.cider / total])
+        sums = self.parts @ weights
+        bleu = _bleu(correct=sums[0:4], guessed=sums[4:8], length=sums[8], reference=sums[9])
+        return np.array([*bleu, *ratio(sums[10:], weights.sum())])
 
 
 def evaluate(
@@ -78,26 +74,21 @@ def caption_statistics(
     """`references`: at least one for each image."""
     words = _Words(captions, references, tokenize)
     n = words.images
-    correct, guessed = np.zeros((n, len(ORDERS)), np.int64), np.zeros((n, len(ORDERS)), np.int64)
+    correct, guessed = [], []
     similarity = np.zeros(len(words.lengths) - n)
-    for column, order in enumerate(ORDERS):
+    for order in ORDERS:
         grams = words.grams(order)
-        correct[:, column] = _clipped_matches(grams, words)
-        guessed[:, column] = np.maximum(words.lengths[:n] - order + 1, 0)
+        correct.append(_clipped_matches(grams, words))
+        guessed.append(np.maximum(words.lengths[:n] - order + 1, 0))
         similarity += _tfidf_similarity(grams, words)
     # coco-caption measures the length of a caption in bigrams.
     bigrams = np.maximum(words.lengths - 1, 0)
     image = words.image[n:]
     delta = bigrams[image] - bigrams[n:]
     similarity *= np.exp(-(delta**2) / (2 * SIGMA**2)) * SCALE / len(ORDERS)
-    return CaptionStatistics(
-        correct=correct,
-        guessed=guessed,
-        length=words.lengths[:n],
-        reference=_nearest_lengths(words),
-        rouge=_rouge_l(words),
-        cider=np.bincount(image, similarity, n) / np.bincount(image, minlength=n),
-    )
+    cider = np.bincount(image, similarity, n) / np.bincount(image, minlength=n)
+    lengths = words.lengths[:n], _nearest_lengths(words)
+    return CaptionStatistics(np.array([*correct, *guessed, *lengths, _rouge_l(words), cider], float))
 
 
 class _Words:
@@ -142,9 +133,7 @@ class _Words:
         first = np.repeat(self.stops - self.lengths, counts)
         within = np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)
         gram = self._codes[first + within] if len(text) else np.zeros(0, np.int64)
-        size = int(gram.max()) + 1 if len(gram) else 1
-        keys, times = np.unique(text * size + gram, return_counts=True)
-        return _Grams(text=keys // size, gram=keys % size, times=times, size=size)
+        return _Grams.of(text, gram, self)
 
     def tokens(self, text: int) -> list[int]:
         stop = self.stops[text]
@@ -154,53 +143,57 @@ class _Words:
 
 @dataclass(frozen=True, slots=True)
 class _Grams:
-    """Which n-gram (0 to size-1) occurs how many times in which text; each pair once, sorted by text."""
+    """Which n-gram (0 to size-1) occurs how many times in which text; each pair once, sorted by text.
+
+    own    whether the text is a caption; key  of the image and the n-gram
+    known  keys of references, each once, sorted; most  how often one reference has it at most
+    """
 
     text: np.ndarray
     gram: np.ndarray
     times: np.ndarray
     size: int
+    own: np.ndarray
+    key: np.ndarray
+    known: np.ndarray
+    most: np.ndarray
+
+    @classmethod
+    def of(cls, text: np.ndarray, gram: np.ndarray, words: _Words) -> _Grams:
+        """Of all n-grams, as often as they occur."""
+        size = int(gram.max()) + 1 if len(gram) else 1
+        pairs, times = np.unique(text * size + gram, return_counts=True)
+        text, gram = pairs // size, pairs % size
+        own = text < words.images
+        key = words.image[text] * size + gram
+        # By sorting: numpy's unique without counts hashes, 3.5 s for the 6 million of 100,000 images.
+        order = np.argsort(key[~own], kind="stable")
+        ordered = key[~own][order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+        most = np.maximum.reduceat(times[~own][order], starts) if len(starts) else starts
+        return cls(text, gram, times, size, own, key, ordered[starts], most)
 
 
 def _clipped_matches(grams: _Grams, words: _Words) -> np.ndarray:
-    """int64 [n]: n-grams of each caption that a reference has, each at most as often as one reference has it."""
-    own = grams.text < words.images
-    keys = words.image[grams.text] * grams.size + grams.gram
-    known, first = _sorted_groups(keys[~own])
-    most = np.maximum.reduceat(grams.times[~own][first.order], first.starts) if len(known) else known
-    allowed = _look_up(keys[own], known, most)
-    matches = np.minimum(grams.times[own], allowed)
-    return np.bincount(grams.text[own], matches, words.images).astype(np.int64)
+    """float64 [n]: n-grams of each caption that a reference has, each at most as often as one reference has it."""
+    allowed = _look_up(grams.key[grams.own], grams.known, grams.most)
+    matches = np.minimum(grams.times[grams.own], allowed)
+    return np.bincount(grams.text[grams.own], matches, words.images)
 
 
 def _tfidf_similarity(grams: _Grams, words: _Words) -> np.ndarray:
     """float64 [references]: clipped cosine of each reference's tf-idf vector to that of its caption."""
-    n, texts = words.images, len(words.lengths)
-    own = grams.text < n
-    keys = words.image[grams.text] * grams.size + grams.gram
-    images = np.bincount(np.unique(keys[~own]) % grams.size, minlength=grams.size)
+    n, texts, own = words.images, len(words.lengths), grams.own
+    images = np.bincount(grams.known % grams.size, minlength=grams.size)
     idf = np.log(n) - np.log(np.maximum(images, 1))
     weight = grams.times * idf[grams.gram]
     norm = np.sqrt(np.bincount(grams.text, weight**2, texts))
-    # The pairs of captions are sorted by text, so by image, and then by n-gram: so are their keys.
-    shared = np.minimum(_look_up(keys[~own], keys[own], weight[own]), weight[~own]) * weight[~own]
+    # Pairs of captions are sorted by text, so by image, and then by n-gram: so are their keys.
+    in_caption = _look_up(grams.key[~own], grams.key[own], weight[own])
+    shared = np.minimum(in_caption, weight[~own]) * weight[~own]
     product = np.bincount(grams.text[~own] - n, shared, texts - n)
     norms = norm[n:] * norm[words.image[n:]]
     return np.asarray(np.divide(product, norms, out=np.zeros(texts - n), where=norms != 0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    order: np.ndarray
-    starts: np.ndarray
-
-
-def _sorted_groups(keys: np.ndarray) -> tuple[np.ndarray, _Groups]:
-    """The distinct keys, sorted; which order sorts all of them, and where in it each one's begin."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-    return ordered[starts], _Groups(order, starts)
 
 
 def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -19,15 +19,15 @@ def evaluate(
 ) -> tuple[list[Score], dict[str, Any], list[str]]:
     """micro_f1, macro_f1, exact_match, and mean_average_precision where every row has a score of every class.
 
-    None, no answer, counts as no classes. Returns scores, details (`classes`) and notes.
+    None, no answer, counts as no classes, and never as an exact match. Returns scores, details (`classes`) and notes.
     """
     answers = [set(found or ()) for found in labels]
     right = [set(true) for true in truth]
     classes = sorted(set().union(*answers, *right))
     codes = {name: code for code, name in enumerate(classes)}
     counts = _Counts(answers, right, codes)
-    exact = np.array([a == t for a, t in zip(answers, right, strict=True)], float)
     answered = np.array([found is not None for found in labels])
+    exact = answered * np.array([a == t for a, t in zip(answers, right, strict=True)], float)
     notes: list[str] = []
     ranking = _scored(top_k, answered, classes, right, notes)
 

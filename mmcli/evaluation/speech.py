@@ -49,7 +49,7 @@ def evaluate(
     spoken = [normalize(t or "") for t in transcripts]
     true = [normalize(r) for r in references]
     words, characters = edits(true, spoken)
-    same = np.array([a == b for a, b in zip(true, spoken, strict=True)])
+    same = np.array([a == b for a, b in zip(true, spoken, strict=True)], float)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         *each, total = weights @ words
@@ -66,7 +66,7 @@ def evaluate(
 def edits(references: Sequence[str], transcripts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Of each utterance: substitutions, deletions, insertions, length of the reference; in words, in characters.
 
-    Two int64 [n, 4].
+    Two float64 [n, 4].
     """
     import jiwer
 
@@ -85,4 +85,4 @@ def _counts(process: object, references: Sequence[str], transcripts: Sequence[st
                 reached = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
                 counts[chunk.type] += reached
             rows.append((counts["substitute"], counts["delete"], counts["insert"], len(reference)))
-    return np.array(rows, np.int64).reshape(-1, 4)
+    return np.array(rows, float).reshape(-1, 4)
