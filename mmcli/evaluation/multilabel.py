@@ -19,7 +19,7 @@ def evaluate(
 ) -> tuple[list[Score], dict[str, Any], list[str]]:
     """micro_f1, macro_f1, exact_match, and mean_average_precision where every row has a score of every class.
 
-    None, no answer, counts as no classes, and never as an exact match. Returns scores, details (`classes`) and notes.
+    None, no answer, counts as no classes, and never as an exact match. Returns scores, details (`classes`), notes.
     """
     answers = [set(found or ()) for found in labels]
     right = [set(true) for true in truth]
