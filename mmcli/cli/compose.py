@@ -173,8 +173,11 @@ def prepare(
     _check_sidecars(arguments, problems)
     check_into(arguments, problems)
     columns = planner.columns(problems)
+    before = len(problems.lines)
     given = planner.given(problems)
-    source = _source(arguments, columns, messages, problems) if given is None else given.source
+    source = None if given is None else given.source
+    if given is None and len(problems.lines) == before:
+        source = _source(arguments, columns, messages, problems)
     _check_not_an_input(arguments, problems)
     planned = planner.plan(problems)
     if source is not None and planned is not None:
@@ -333,14 +336,12 @@ def _check_place(output: OutputArguments) -> None:
 def _check_keep(source: Source, task: Task, problems: Problems) -> None:
     """A column that passes through must not have the name of one of the task's."""
     own = {field.name for field in task.fields(source.slots)}
-    how = "rename it in the manifest"
-    if task.name == "ask":
-        how = (
-            "name the question (-q model='...', --question-column model=COLUMN): its columns are model_answer, ..."
-        )
     for name in source.keep.names:
         if name in own:
-            problems.add(f"--keep {name}: the output has a column {name} of its own; {how}")
+            problems.add(
+                f"--keep {name}: the output has a column {name} of its own; "
+                f"call it otherwise: --keep true_{name}={name}"
+            )
 
 
 def _check_modalities(source: Source, plan: ModelPlan, model: str, problems: Problems) -> None:

@@ -46,7 +46,7 @@ class TruthArguments:
         _option(
             TRUTH,
             "--truth",
-            "COLUMN|FILE",
+            "COLUMN or FILE",
             "What is right: a column of PREDICTIONS (--keep passes it through), or a file that is joined by id.",
         ),
     ] = None
@@ -169,9 +169,7 @@ class _Planner:
         metrics = None if how.metrics is None else collect(parse.choice, "--metrics", how.metrics, METRICS)
         self._check_outputs()
         table = collect(_open, self._truth.predictions)
-        plan = None
-        if table is not None and (how.metrics is None or metrics is not None):
-            plan = self._measured(table, metrics, settings)
+        plan = None if table is None else self._measured(table, metrics, settings)
         self._problems.check()
         assert plan is not None
         return plan
@@ -203,11 +201,15 @@ class _Planner:
             self._problems.collect(check_plot, self._output.plot)
 
     def _measured(self, table: Table, metrics: str | None, settings: Settings) -> _Pairing | _Retrieval | None:
-        from mmcli.evaluation.kinds import RETRIEVAL, choose_kind
+        from mmcli.evaluation.kinds import RETRIEVAL, choose_kind, missing
 
         names = parse.split_names(self._how.column)
         own_truth = self._truth.truth if self._truth.truth in table.columns else None
-        kind = self._problems.collect(choose_kind, table, metrics, names[0] if names else None, own_truth)
+        kind = None
+        if unknown := [p for name in names for p in missing(table, "--column", name)]:
+            self._problems.lines += unknown
+        elif self._how.metrics is None or metrics is not None:
+            kind = self._problems.collect(choose_kind, table, metrics, names[0] if names else None, own_truth)
         if kind is None:
             self._other_truth(table, needed=False)
             return None

@@ -77,7 +77,8 @@ class InputArguments:
         str | None, _option(INPUTS, "--id-column", "COLUMN", "Manifest column to use as id [manifest#row].")
     ] = None
     keep: Annotated[
-        list[str] | None, _option(INPUTS, "--keep", "A,B", "Manifest columns to pass through to the output.")
+        list[str] | None,
+        _option(INPUTS, "--keep", "A,B", "Manifest columns to pass through to the output; new=old renames one."),
     ] = None
     exact_decode: Annotated[bool, _option(INPUTS, "--exact-decode", None, "Decode large JPEGs at full size.")] = (
         False

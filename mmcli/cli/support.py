@@ -95,7 +95,9 @@ def _open(name: str, label_column: str, vector_column: str | None) -> tuple[Sour
     if os.path.isdir(name):
         return open_source(SourceOptions((name,))), "folder", None
     return (
-        open_source(SourceOptions((name,), variables=(label_column,), variables_said=("--label-column",))),
+        open_source(
+            SourceOptions((name,), variables=(label_column,), variables_said=(f"--label-column {label_column}",))
+        ),
         "manifest",
         None,
     )
@@ -204,8 +206,7 @@ def _report(prepared: Prepared, examples: Examples, failed: list[tuple[int, str]
     if not failed:
         return
     shown = "; ".join(text for _, text in failed[:_NAMED])
-    are = "example cannot" if len(failed) == 1 else "examples cannot"
-    line = f"{len(failed)} of {len(examples.classes)} {are} be used: {shown}"
+    line = f"{len(failed)} of {len(examples.classes)} examples cannot be used: {shown}"
     there = set(classes.tolist())
     lost = [label for index, label in enumerate(examples.labels) if index not in there]
     if lost:

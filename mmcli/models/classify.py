@@ -16,7 +16,7 @@ from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.fake import PREFIX as FAKE
 from mmcli.models.few_shot import FewShot
 from mmcli.models.head import Head, is_head, read_head
-from mmcli.models.options import Classification, Generation, ModelOptions, Ranking
+from mmcli.models.options import Classification, Generation, ModelOptions, Ranking, Task
 from mmcli.models.vectors import VectorPlan
 
 # What a model that writes is asked, unless --question says it.
@@ -122,9 +122,14 @@ def _checkpoint(
             return entailment.plan(checkpoint, options, dtype, pairs, wanted)
         if (own := classifier.find(checkpoint)) is not None:
             return classifier.plan(checkpoint, options, dtype, own, wanted)
-        if _writes(checkpoint):
+        if _writes(checkpoint, "ask"):
             generation = _asked(options.model, wanted)
             return _choosing(families.plan_writer(options, generation), wanted)
+    if _writes(checkpoint, "caption") and not _writes(checkpoint, "ask"):
+        raise ConfigError(
+            f"-m {checkpoint.id}: it writes captions (mmcli caption) and compares nothing with labels; "
+            "take a model such as CLIP, or one that answers questions"
+        )
     try:
         base = families.plan_vectors(checkpoint, options, dtype)
     except ConfigError as error:
@@ -133,7 +138,7 @@ def _checkpoint(
 
 
 def _unsupported(checkpoint: Checkpoint, solved: Solved | None, error: ConfigError) -> ConfigError:
-    if solved is not None and _writes(checkpoint):
+    if solved is not None and _writes(checkpoint, "ask"):
         return ConfigError(
             f"-m {checkpoint.id}: it writes and gives no vectors, which --examples are compared by; "
             "mmcli ask --choices shows examples to such a model"
@@ -141,15 +146,15 @@ def _unsupported(checkpoint: Checkpoint, solved: Solved | None, error: ConfigErr
     return error
 
 
-def _writes(checkpoint: Checkpoint) -> bool:
-    """Whether it answers questions, and gives no vectors of a shared space."""
+def _writes(checkpoint: Checkpoint, task: Task) -> bool:
+    """Whether it was saved as what writes captions or answers, and not for its vectors."""
     from mmcli.models import families
 
     content = checkpoint.json("config.json")
     kind, architectures = str(content.get("model_type")), tuple(content.get("architectures") or ())
     if any(name in dual_encoder.BY_ARCHITECTURE for name in architectures):
         return False
-    return any(family.find(kind, architectures, "ask") is not None for family in families.WRITERS)
+    return any(family.find(kind, architectures, task) is not None for family in families.WRITERS)
 
 
 # ------------------------------------------------------------------------------------- by its vectors
@@ -165,7 +170,8 @@ def on_vectors(
         raise ConfigError(problems)
     if wanted.kept is not None:
         head, identity = wanted.kept
-        check_same_model(base, options.model, identity, "--labels-file: its vectors")
+        told = {**identity, "size": head.embedding_size}
+        check_same_model(base, options.model, told, "--labels-file: its vectors")
         return VectorPlan(base, head.labels, wanted.ranking, head.method, head=head, given=given)
     templates = wanted.templates or (zero_shot.default_template(base.modalities),)
     if solved is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -66,7 +66,7 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     """
     more = min(logits.shape[-1], count + 1)
     values, indices = logits.topk(more, dim=-1)
-    tied = (values[:, -1] == values[:, count - 1]).nonzero()[:, 0] if more > count else []
+    tied: Any = (values[:, -1] == values[:, count - 1]).nonzero()[:, 0] if more > count else []
     values, indices = values[:, :count], indices[:, :count]
     if len(tied):
         # The last one kept has an equal that is not kept.

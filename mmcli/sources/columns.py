@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,11 +71,25 @@ class MediaColumn:
 
 @dataclass(frozen=True, slots=True)
 class KeepColumn:
-    """A passthrough column. `convert`: one of KEEP_TYPES, or None where values have the Arrow type already."""
+    """A passthrough column.
+
+    convert  one of KEEP_TYPES, or None where values have the Arrow type already
+    output   what it is called in the output
+    """
 
     name: str
     type: pa.DataType
     convert: str | None = None
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", self.output or self.name)
+
+
+def renamed(text: str, names: Container[str]) -> tuple[str, str]:
+    """`truth=label` -> ("truth", "label"): the name in the output, and the column. A column `a=b` is itself."""
+    new, equals, old = text.partition("=")
+    return (text, text) if text in names or not equals or not new or not old else (new, old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +123,8 @@ def select(options: SourceOptions, columns: Sequence[Column], manifest: str, emp
     problems: list[str] = []
     by_name = {c.name: c for c in columns}
     if empty:
-        given = [options.id_column, *_given(options).values(), *(k.partition(":")[0] for k in options.keep)]
+        kept = (renamed(k, ())[1].partition(":")[0] for k in options.keep)
+        given = [options.id_column, *_given(options).values(), *kept]
         given += options.variables
         by_name = {name: Column(name, "unknown", "any") for name in given if name}
     media = _chosen_media(options, by_name, manifest, problems)
@@ -271,30 +286,32 @@ def _chosen_keep(
         except ConfigError as problem:
             problems += problem.problems
             continue
-        if column.name in (c.name for c in chosen):
-            problems.append(f"--keep {text}: {column.name} is given twice")
+        if column.output in (c.output for c in chosen):
+            problems.append(f"--keep {text}: {column.output} is given twice")
         chosen.append(column)
     return tuple(chosen)
 
 
 def _keep_column(text: str, by_name: dict[str, Column], manifest: str) -> KeepColumn:
-    name, colon, convert = (text, "", "") if text in by_name else text.rpartition(":")
+    new, old = renamed(text, by_name)
+    name, colon, convert = (old, "", "") if old in by_name else old.rpartition(":")
     if not colon:
-        name, convert = text, ""
+        name, convert = old, ""
+    output = new if new != old else name
     column = by_name.get(name)
     if column is None:
         raise ConfigError(_missing(f"--keep {text}", name, by_name, manifest))
-    if name in OUTPUT_NAMES:
-        how = "give --id-column id" if name == "id" else f"rename it in {manifest}"
-        raise ConfigError(f"--keep {text}: every output has its own column {name}; {how}")
+    if output in OUTPUT_NAMES:
+        how = "give --id-column id" if name == "id" else f"call it otherwise: --keep true_{output}={name}"
+        raise ConfigError(f"--keep {text}: every output has its own column {output}; {how}")
     if column.arrow is not None:
         if convert:
             raise ConfigError(f"--keep {text}: {manifest} has types of its own ({column.type}); give --keep {name}")
-        return KeepColumn(name, _keep_type(column.arrow, text))
+        return KeepColumn(name, _keep_type(column.arrow, text), None, output)
     if convert and convert not in KEEP_TYPES:
         raise ConfigError(f"--keep {text}: no such type {convert!r}; one of {', '.join(KEEP_TYPES)}")
     convert = convert or "string"
-    return KeepColumn(name, untyped_keep_type(convert), convert)
+    return KeepColumn(name, untyped_keep_type(convert), convert, output)
 
 
 def untyped_keep_type(convert: str) -> pa.DataType:

@@ -86,7 +86,7 @@ class ManifestSource:
         self.manifest = manifest
         self.selection = selection
         self.slots = selection.slots
-        self.keep = pa.schema([pa.field(k.name, k.type) for k in selection.keep])
+        self.keep = pa.schema([pa.field(k.output, k.type) for k in selection.keep])
         self._prefix = _folder_prefix(manifest.path)
         self._label = shown(manifest.name)
         self._rows = 0

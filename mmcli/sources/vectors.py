@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mmcli.core.errors import ConfigError, ErrorCode, ErrorStage, RowError, StateMismatch, one_line
 from mmcli.core.records import MODALITIES, Decoded, Media, Modality, Record, Sample
+from mmcli.sources.columns import OUTPUT_NAMES, renamed
 from mmcli.sources.names import shown
 from mmcli.sources.snapshot import ResolvedInputs, combine, file_identity
 
@@ -55,8 +56,12 @@ class VectorSource:
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"cannot read {self._name}: {one_line(str(error))}") from error
         self._names = _read_columns(schema, columns, self._name)
-        self.keep = pa.schema([schema.field(name) for name in columns.keep])
+        self.keep = pa.schema([schema.field(old).with_name(new) for new, old in self._kept(schema.names)])
         self.embedding_size = self._size(schema.field(columns.vector).type)
+
+    def _kept(self, names: Container[str]) -> list[tuple[str, str]]:
+        """(name in the output, column) of each passthrough column."""
+        return [renamed(text, names) for text in self.columns.keep]
 
     def _size(self, kind: pa.DataType) -> int:
         """D: of the type, or of the first vector."""
@@ -109,7 +114,7 @@ class VectorSource:
         ids = self._ids(cells, first, len(batch))
         paths = cells["path"].to_pylist() if "path" in cells else repeat(None, len(batch))
         modalities = cells["modality"].to_pylist() if "modality" in cells else repeat(None, len(batch))
-        kept = [cells[name].to_pylist() for name in self.columns.keep]
+        kept = [cells[old].to_pylist() for _, old in self._kept(cells)]
         keep = zip(*kept, strict=True) if kept else repeat((), len(batch))
         vectors, errors = _vectors(cells[self.columns.vector], self.columns.vector, self.embedding_size)
         errors |= _errors(cells)
@@ -118,7 +123,8 @@ class VectorSource:
             media = (Media(modality if modality in MODALITIES else None),)
             record = Record(first + index, name, path, media, values, (vectors[index],))
             if index in errors:
-                record.media, record.variables, record.error = (), (), errors[index]
+                # Its medium stays: it says what the vector was to be of.
+                record.variables, record.error = (), errors[index]
             yield record
 
     def _ids(self, cells: dict[str, pa.Array], first: int, count: int) -> Sequence[str]:
@@ -168,16 +174,22 @@ def _is_list(kind: pa.DataType) -> bool:
 def _read_columns(schema: pa.Schema, columns: VectorColumns, name: str) -> list[str]:
     """All that is read of each row. Raises ConfigError."""
     problems = []
+    kept = [renamed(one, schema.names) for one in columns.keep]
     if columns.vector not in vector_columns(schema):
         there = ", ".join(vector_columns(schema)) or "none"
         problems.append(f"{name}: {columns.vector!r} is no column of vectors; such are: {there}")
-    for flag, wanted in (("--id-column", columns.id), *(("--keep", one) for one in columns.keep)):
+    for flag, wanted in (("--id-column", columns.id), *(("--keep", one) for _, one in kept)):
         if wanted is not None and wanted not in schema.names:
             problems.append(f"{flag} {wanted}: {name} has no such column; it has {', '.join(schema.names)}")
+    for new, old in kept:
+        if new in OUTPUT_NAMES:
+            problems.append(
+                f"--keep {new}: every output has its own column; call it otherwise: --keep true_{new}={old}"
+            )
     if problems:
         raise ConfigError(problems)
     own = [one for one in ("path", "modality", *_ERROR_COLUMNS) if one in schema.names and _is_text(schema, one)]
-    wanted_names = chain([columns.vector], [columns.id] if columns.id else [], columns.keep, own)
+    wanted_names = chain([columns.vector], [columns.id] if columns.id else [], [old for _, old in kept], own)
     return list(dict.fromkeys(wanted_names))
 
 

@@ -143,7 +143,7 @@ def test_a_damaged_head_is_a_clear_error(tmp_path: Path, damage: str) -> None:
             file.write_text(json.dumps({**told, "format": 2}))
         case "activation":
             file.write_text(json.dumps({**told, "activation": "exp"}))
-    with pytest.raises(ConfigError, match="-m .*: its (head cannot be read|format is 2)"):
+    with pytest.raises(ConfigError, match=r"-m .*: its (head cannot be read|format is 2)"):
         read_head(tmp_path)
 
 

@@ -113,7 +113,25 @@ def test_names_of_the_output_are_taken(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "m.parquet", {"image": ["a"], **{n: ["x"] for n in names}})
     found = problems(path, keep=names, image_column="image")
     assert len(found) == len(names)
-    assert all("rename it" in p for p in found)
+    assert all(f"call it otherwise: --keep true_{n}={n}" in p for n, p in zip(names, found, strict=True))
+
+
+def test_a_column_is_renamed_on_the_way(tmp_path: Path) -> None:
+    """`new=old`, with a type behind where the format has none; a column whose name holds `=` is itself."""
+    cells = {"image": ["a"], "label": ["x"], "a=b": ["y"], "b": ["z"]}
+    path = write_parquet(tmp_path / "m.parquet", cells)
+    source = open_source(SourceOptions((str(path),), image_column="image", keep=("truth=label", "a=b", "c=b")))
+    assert source.keep.names == ["truth", "a=b", "c"]
+    source.snapshot(tmp_path / "snapshot")
+    assert next(source.records()).keep == ("x", "y", "z")
+    lines = tmp_path / "m.csv"
+    lines.write_text("image,label\na,7\n")
+    source = open_source(SourceOptions((str(lines),), image_column="image", keep=("truth=label:int",)))
+    assert (source.keep.names, str(source.keep.types[0])) == (["truth"], "int64")
+    source.snapshot(tmp_path / "snapshot")
+    assert next(source.records()).keep == (7,)
+    twice = problems(path, keep=("t=label", "t=b"), image_column="image")
+    assert twice == ["--keep t=b: t is given twice"]
 
 
 def test_inputs_that_do_not_go_together(tmp_path: Path, manifest: Path) -> None:

@@ -1,0 +1,304 @@
+"""`mmcli classify` as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cli_runs import Cli
+
+# What identifies an input: the text `cat` has the vector of the label `cat`, and of no other.
+PLAIN = ("-m", "fake:16", "--templates", "none")
+
+
+def rows(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    path = tmp_path / "animals.csv"
+    path.write_text("text,truth\n" + "".join(f"{name},{name}!\n" for name in ("dog", "cat", "bird", "cat", "dog")))
+    return path
+
+
+# ------------------------------------------------------------------------------------- labels as texts
+
+
+def test_every_input_gets_the_label_that_it_is(cli: Cli, animals: Path) -> None:
+    done = cli("classify", animals, "--text-column", "text", "--keep", "truth", *PLAIN, "--labels", "cat,dog,bird")
+    assert done.code == 0, done.err
+    found = rows(done.out)
+    assert [row["label"] for row in found] == ["dog", "cat", "bird", "cat", "dog"]
+    assert [row["truth"] for row in found] == ["dog!", "cat!", "bird!", "cat!", "dog!"]
+    first = found[0]
+    assert list(first)[:8] == ["id", "path", "modality", "label", "score", "top_k", "margin", "entropy"]
+    assert first["top_k"][0]["label"] == "dog"
+    assert sum(one["score"] for one in first["top_k"]) == pytest.approx(1)
+    assert first["margin"] == pytest.approx(first["top_k"][0]["score"] - first["top_k"][1]["score"], abs=1e-6)
+
+
+def test_top_k_and_rejection(cli: Cli, animals: Path) -> None:
+    done = cli("classify", animals, "--text-column", "text", *PLAIN, "--labels", "cat,dog,bird", "--top-k", 1,
+               "--min-score", "0.9999")  # fmt: skip
+    for row in rows(done.out):
+        assert len(row["top_k"]) == 1
+        assert row["rejected"] == (row["score"] < 0.9999)
+        assert (row["label"] is None) == row["rejected"]
+    assert any(row["rejected"] for row in rows(done.out))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.txt", "dog\n\ncat \r\nbird\n"),
+        ("labels.json", '["dog", "cat", "bird"]'),
+        ("labels.json", '{"dog": "dog", "cat": ["cat", "kitten"], "bird": "bird"}'),
+    ],
+)
+def test_labels_come_from_files(cli: Cli, animals: Path, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text("\ufeff" + text)
+    done = cli("classify", animals, "--text-column", "text", *PLAIN, "--labels-file", tmp_path / name)
+    assert done.code == 0, done.err
+    assert [row["label"] for row in rows(done.out)] == ["dog", "cat", "bird", "cat", "dog"]
+
+
+def test_the_sample_model_knows_the_sample_pictures(cli: Cli, sample_data: Path) -> None:
+    done = cli("classify", sample_data / "images.jsonl", "--image-column", "image", "--keep", "truth=label",
+               "-m", sample_data / "models" / "clip", "--labels-file", sample_data / "labels.txt")  # fmt: skip
+    assert done.code == 0, done.err
+    found = rows(done.out)
+    right = sum(row["label"] == row["truth"] for row in found)
+    assert len(found) == 48
+    assert right >= 40
+
+
+def test_kept_labels_give_the_same_rows(cli: Cli, animals: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "labels.parquet"
+    common = ("classify", animals, "--text-column", "text", "-m", "fake:16")
+    made = cli(
+        *common, "--labels", "cat,dog,bird", "--templates", "none", "--template", "{}!", "--save-labels", kept
+    )
+    assert made.code == 0, made.err
+    again = cli(*common, "--labels-file", kept)
+    assert again.code == 0, again.err
+    assert rows(again.out) == rows(made.out)
+    other = cli("classify", animals, "--text-column", "text", "-m", "fake:8", "--labels-file", kept)
+    assert other.code == 2
+    assert "--labels-file: its vectors have 16 numbers, those of -m fake:8 8" in other.err
+    texts = [set(one) for one in pq.read_table(kept).column("texts").to_pylist()]
+    assert texts == [{name, f"{name}!"} for name in ("cat", "dog", "bird")]
+
+
+# -------------------------------------------------------------------------------------------- vectors
+
+
+def test_vectors_give_the_rows_that_media_give(cli: Cli, sample_data: Path, tmp_path: Path) -> None:
+    pictures, model = tmp_path / "pictures", sample_data / "models" / "clip"
+    shutil.copytree(sample_data / "images", pictures, ignore=shutil.ignore_patterns("metadata.*"))
+    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    vectors = tmp_path / "vectors.parquet"
+    labels = ("--labels-file", sample_data / "labels.txt", "--templates", "simple7")
+    assert cli("embed", pictures, "-m", model, "-o", vectors).code == 3
+    direct = cli("classify", pictures, "-m", model, *labels)
+    shutil.rmtree(pictures)
+    from_vectors = cli("classify", vectors, "-m", model, *labels)
+    assert (direct.code, from_vectors.code) == (3, 3), from_vectors.err
+    for one, other in zip(rows(direct.out), rows(from_vectors.out), strict=True):
+        assert {k: v for k, v in one.items() if k not in ("score", "top_k", "margin", "entropy")} == {
+            k: v for k, v in other.items() if k not in ("score", "top_k", "margin", "entropy")
+        }
+        if one["status"] == "ok":
+            assert other["score"] == pytest.approx(one["score"], abs=1e-5)
+    assert Counter(row["error_code"] for row in rows(from_vectors.out)) == {None: 48, "truncated": 1}
+
+
+def vectors_file(path: Path, vectors: list[list[float] | None], **columns: list[Any]) -> Path:
+    pq.write_table(pa.table({"v": pa.array(vectors, pa.list_(pa.float64())), **columns}), path)
+    return path
+
+
+def test_vectors_of_others(cli: Cli, tmp_path: Path) -> None:
+    """A probe on vectors alone needs no model; rows that are no vectors are error rows."""
+    near, far = [1.0, 0.0, 0.1], [0.0, 1.0, 0.1]
+    solved = [near, far] * 4
+    train = vectors_file(tmp_path / "train.parquet", list(solved), label=["near", "far"] * 4)
+    asked = [near, None, far, [1.0], [float("nan"), 0.0, 0.0], near]
+    test = vectors_file(tmp_path / "test.parquet", asked, id=["a", "b", "c", "d", "e", ""], year=[1, 2, 3, 4, 5, 6])
+    done = cli("classify", test, "--vector-column", "v", "--examples", train, "--keep", "year,name=id")
+    assert done.code == 3, done.err
+    found = rows(done.out)
+    assert [row["label"] for row in found] == ["near", None, "far", None, None, "near"]
+    assert [row["error_code"] for row in found] == [None, "bad_row", None, "bad_row", "nonfinite", None]
+    assert [row["year"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row["name"] for row in found] == ["a", "b", "c", "d", "e", ""]
+    assert found[5]["id"] == f"{test}#5"
+    assert "column 'v' has 1 numbers, not 3" in found[3]["error_message"]
+
+
+def test_vectors_are_classified_in_parts_and_resumed(cli: Cli, tmp_path: Path) -> None:
+    from cli_runs import finished
+
+    train = vectors_file(tmp_path / "train.parquet", [[1.0, 0.0], [0.0, 1.0]], label=["x", "y"])
+    many = [[float(row % 3), 1.0] for row in range(5000)]
+    test = vectors_file(tmp_path / "test.parquet", list(many))
+    common = ("classify", test, "--vector-column", "v", "--examples", train)
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    assert finished(*common, "-o", whole).code == 0
+    cut = finished(*common, "-o", out, "--part-rows", "500", "--time-limit", "0.05s")
+    assert cut.code in (0, 75), cut.err
+    assert finished(*common, "-o", out).code == 0
+    assert pq.read_table(out).equals(pq.read_table(whole))
+    labels = pq.read_table(out).column("label").to_pylist()
+    assert labels == ["y" if row % 3 == 0 else "x" if row % 3 == 2 else labels[1] for row in range(5000)]
+
+
+# ------------------------------------------------------------------------------------- solved examples
+
+
+def solved_texts(folder: Path) -> Path:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "1.txt").write_text(name)
+    return folder
+
+
+def test_examples_in_folders_and_a_kept_head(cli: Cli, animals: Path, tmp_path: Path) -> None:
+    folder, head = solved_texts(tmp_path / "solved"), tmp_path / "head"
+    common = ("classify", animals, "--text-column", "text", "-m")
+    done = cli(*common, "fake:16", "--examples", folder, "--save-head", head)
+    assert done.code == 0, done.err
+    found = rows(done.out)
+    assert [row["label"] for row in found if row["score"] > 0.9] == ["dog", "cat", "cat", "dog"]
+    assert "--method auto: nearest class means: a label has 1 of the 4 for a probe" in done.err
+    again = cli(*common, head)
+    assert again.code == 0, again.err
+    assert rows(again.out) == found
+    # It is there: the same command makes it anew, and one of something else does not touch it.
+    assert cli(*common, "fake:16", "--examples", folder, "--save-head", head).code == 0
+    assert "--labels" in cli(*common, head, "--labels", "a,b").err
+
+
+@pytest.mark.parametrize("method", ["mean", "probe", "tip-adapter"])
+def test_methods(cli: Cli, animals: Path, tmp_path: Path, method: str) -> None:
+    folder = solved_texts(tmp_path / "solved")
+    done = cli("classify", animals, "--text-column", "text", *PLAIN, "--examples", folder, "--method", method)
+    assert done.code == 0, done.err
+    found = rows(done.out)
+    assert [row["label"] for row in found if row["id"][-1] in "0134"] == ["dog", "cat", "cat", "dog"]
+
+
+def test_bad_examples(cli: Cli, animals: Path, tmp_path: Path) -> None:
+    folder = solved_texts(tmp_path / "solved")
+    (folder / "cat" / "2.txt").write_bytes(b"\xff\xfe\xff")
+    common = ("classify", animals, "--text-column", "text", *PLAIN, "--examples", folder)
+    done = cli(*common)
+    assert done.code == 0, done.err
+    assert "1 of 3 examples cannot be used: cat/2.txt: corrupt" in done.err
+    (folder / "cat" / "1.txt").unlink()
+    done = cli(*common, "-o", tmp_path / "out.parquet")
+    assert done.code == 2
+    assert "no readable example of 'cat'" in done.err
+    assert not (tmp_path / "out.parquet").exists()
+    (folder / "bird").mkdir()
+    assert "there is no example in the folder bird" in cli(*common).err
+    (folder / "stray.txt").write_text("cat")
+    assert "stray.txt lie in no label's folder" in cli(*common).err
+
+
+def test_another_label_of_an_example_is_another_job(cli: Cli, animals: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\ncat,cat\ndog,dog\n")
+    out = tmp_path / "out.parquet"
+    common = ("classify", animals, "--text-column", "text", *PLAIN, "--examples", train, "-o", out)
+    assert cli(*common).code == 0
+    train.write_text("text,label\ncat,dog\ndog,cat\n")
+    done = cli(*common)
+    assert done.code == 6
+    assert cli(*common, "--overwrite").code == 0
+    assert pq.read_table(out).column("label").to_pylist()[:2] == ["cat", "dog"]
+
+
+def test_the_few_photos(cli: Cli, shared_data: Path) -> None:
+    model = shared_data / "models" / "mobilenet_v2_1.0_224"
+    photos = shared_data / "images" / "fewshot"
+    done = cli("classify", photos / "test", "-m", model, "--examples", photos / "train")
+    assert done.code == 0, done.err
+    assert [(row["id"].split("/")[0], row["label"]) for row in rows(done.out)] == [
+        (name, name) for name in ("cat", "dog", "hotdog")
+    ]
+
+
+# --------------------------------------------------------------------------------------- model's labels
+
+
+def test_a_models_own_labels(cli: Cli, shared_data: Path) -> None:
+    """At least 9 of 12 photos are what photos.csv says, by the ImageNet classes of that kind."""
+    done = cli("classify", shared_data / "images" / "photos", "-m", shared_data / "models" / "mobilenet_v2_1.0_224")
+    assert done.code == 0, done.err
+    with (shared_data / "images" / "photos.csv").open(newline="") as file:
+        known = {Path(row["file"]).name: row["label"] for row in csv.DictReader(file)}
+    found = {row["id"]: row["label"] for row in rows(done.out)}
+    assert found.keys() == known.keys()
+    right = [name for name, label in known.items() if any(kind in found[name] for kind in KINDS.get(label, ()))]
+    assert len(right) >= 9, found
+
+
+# Words of ImageNet's labels for what is in the photos; it has no sunflower and no astronaut.
+KINDS = {
+    "bird": ("chickadee", "bulbul", "jay", "junco", "finch"),
+    "cat": ("tabby", "tiger cat", "Egyptian cat", "Persian cat", "Siamese cat"),
+    "dragonfly": ("dragonfly", "damselfly"),
+    "owl": ("owl",),
+    "parrot": ("macaw", "lorikeet", "African grey"),
+    "hot dog": ("hot dog",),
+    "dog": ("hound", "whippet", "retriever", "pointer", "setter", "terrier"),
+    "cup of coffee": ("espresso", "cup", "coffee mug"),
+}
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+IMAGES, CLIP = "sample_data/images", "sample_data/models/clip"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", CLIP], ["-m sample_data/models/clip: it has no labels of its own; add --labels cat,dog"]),
+        (["-m", CLIP, "--labels", ""], ["--labels: there is no label in it"]),
+        (["-m", CLIP, "--labels", "cat"], ["--labels: with one label every input has it"]),
+        (["-m", CLIP, "--labels", "cat,dog,cat"], ["--labels: 'cat' is there twice"]),
+        (["-m", CLIP, "--labels", "a,b", "--labels-file", "x"], ["--labels and --labels-file exclude"]),
+        (["-m", CLIP, "--labels-file", "none.txt"], ["--labels-file: cannot read none.txt: No such file"]),
+        (["-m", CLIP, "--labels", "a,b", "--templates", "x"], ["--templates 'x' is not one of imagenet80"]),
+        (["-m", CLIP, "--labels", "a,b", "--multi-label"], ["--multi-label: the labels of this model compete"]),
+        (["-m", CLIP, "--labels", "a,b", "--method", "probe"], ["--method probe: there are no --examples"]),
+        (["-m", CLIP, "--labels", "a,b", "--question", "?"], ["is asked nothing; leave it out"]),
+        (["-m", CLIP, "--labels", "a,b", "--save-labels", "x.json"], ["name it x.parquet"]),
+        (["-m", CLIP, "--labels", "a,b", "--save-head", "sample_data"], ["there is something else already"]),
+        (["-m", CLIP, "--examples", IMAGES], ["has no folders; give it one for each label"]),
+        (["-m", "sample_data/models/captioner", "--labels", "a,b"], ["it writes captions (mmcli caption)"]),
+        (["--labels", "a,b"], ["no model given; add -m MODEL"]),
+        (
+            ["-m", CLIP, "--labels", "a,,b", "--template", "photo", "--top-k", "0", "--min-score", "7"],
+            ["--labels: label 2 of 3 is empty", "there is no {} in it", "--top-k '0'", "--min-score '7'"],
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_runs(
+    cli: Cli, sample_data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: list[str]
+) -> None:
+    monkeypatch.chdir(sample_data.parent)
+    done = cli("classify", IMAGES, *arguments)
+    assert done.code == 2
+    for text in said:
+        assert text in done.err
+    assert done.out == ""
