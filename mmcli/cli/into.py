@@ -26,7 +26,7 @@ def check_into(arguments: Arguments, problems: Problems) -> None:
                 f"--{'link' if wanted.link else 'copy'}: there is no folder to put files into; add --into FOLDER"
             )
         return
-    from mmcli.sinks.class_folders import Into, check_folder
+    from mmcli.sinks.class_notes import Into, check_folder
     from mmcli.sinks.formats import RESULTS
 
     said, output = f"--into {wanted.into}", arguments.output

@@ -104,7 +104,8 @@ def _place_files(prepared: Prepared, staging: Staging, columns: list[str]) -> Ou
     wanted = prepared.arguments.into
     if wanted is None or wanted.into is None:
         return None
-    from mmcli.sinks.class_folders import Into, label_slots, labelled_rows, place_files
+    from mmcli.sinks.class_folders import label_slots, labelled_rows, place_files
+    from mmcli.sinks.class_notes import Into
 
     if wanted.copy:
         prepared.messages.note(f"copying files into {wanted.into}")
