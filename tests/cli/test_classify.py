@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import wave
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -234,6 +236,48 @@ def test_the_few_photos(cli: Cli, shared_data: Path) -> None:
     assert [(row["id"].split("/")[0], row["label"]) for row in rows(done.out)] == [
         (name, name) for name in ("cat", "dog", "hotdog")
     ]
+
+
+def digit_features(folder: Path, target: Path) -> Path:
+    """Each sound's cepstra in twelve equal pieces of time, and their spread: float32 [260]."""
+    import torch
+    import torchaudio
+    from torchaudio.transforms import MFCC
+
+    cepstra = MFCC(8000, n_mfcc=20, melkwargs={"n_fft": 256, "hop_length": 80, "n_mels": 40})
+    files, vectors = sorted(folder.rglob("*.wav")), []
+    for file in files:
+        with wave.open(str(file)) as sound:
+            samples = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float32) / 32768
+        found = cepstra(torch.from_numpy(samples))
+        pieces = torch.nn.functional.adaptive_avg_pool1d(found[None], 12)[0]
+        vectors.append(torch.cat([pieces.flatten(), found.std(dim=1)]).numpy())
+    assert torchaudio is not None
+    flat = pa.array(np.stack(vectors).reshape(-1))
+    features = pa.FixedSizeListArray.from_arrays(flat, len(vectors[0]))
+    names = [file.relative_to(folder).as_posix() for file in files]
+    digits = [file.parent.name for file in files]
+    pq.write_table(pa.table({"id": names, "digit": digits, "features": features}), target)
+    return target
+
+
+def test_a_probe_hears_spoken_digits(cli: Cli, shared_data: Path, tmp_path: Path) -> None:
+    digits = shared_data / "audio" / "digits"
+    train = digit_features(digits / "train", tmp_path / "train.parquet")
+    test = digit_features(digits / "test", tmp_path / "test.parquet")
+    out = tmp_path / "out.parquet"
+    done = cli("classify", test, "--vector-column", "features", "--examples", train, "--label-column", "digit",
+               "--keep", "digit", "-o", out)  # fmt: skip
+    assert done.code == 0, done.err
+    assert "--method auto: a probe: every label has 18 examples or more" in done.err
+    report = cli("eval", out, "--truth", "digit", "--json")
+    assert report.code == 0, report.err
+    found = json.loads(report.out)
+    table = pq.read_table(out)
+    right = [a == b for a, b in zip(*(table.column(n).to_pylist() for n in ("label", "digit")), strict=True)]
+    assert np.mean(right) >= 0.9
+    assert found["scores"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert len(found["classes"]) == 10
 
 
 # --------------------------------------------------------------------------------------- model's labels
