@@ -221,9 +221,9 @@ class ClassifyPlanner(PlannerDefaults):
     def _save_head(self, plan: VectorPlan) -> None:
         if self._few_shot.save_head is None:
             return
+        from mmcli.core.durable import output_errors, swap_folder
         from mmcli.models.classify import head_base
         from mmcli.models.head import write_head
-        from mmcli.sinks.durable import output_errors, swap_folder
 
         assert self._options is not None
         assert plan.head is not None

@@ -154,7 +154,7 @@ def write_kept(head: Head, texts: list[tuple[str, ...]], identity: dict[str, Any
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mmcli.sinks.durable import output_errors, write_durably
+    from mmcli.core.durable import output_errors, write_durably
 
     scale = head.method["scale"]
     vectors = (head.weight / scale).cpu().numpy().astype(np.float32)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from mmcli.core.durable import fsync_file, fsync_folder, output_error, read_json, write_json
 from mmcli.core.errors import ConfigError, MmcliError, OutputError
 from mmcli.core.records import Record, mtime_ns
 from mmcli.sinks.class_names import LabelFolders, file_name, folder_name, shown
@@ -40,7 +41,6 @@ from mmcli.sinks.class_notes import (
     notes_error,
     take,
 )
-from mmcli.sinks.durable import fsync_file, fsync_folder, output_error, read_json, write_json
 from mmcli.sinks.outputs import finished_output
 from mmcli.sinks.parquet import batches
 from mmcli.sinks.parts import read_parts

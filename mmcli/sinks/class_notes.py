@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmcli.core.durable import make_folder, read_json, write_json
 from mmcli.core.errors import ConfigError, OutputError
 from mmcli.sinks.class_names import Claims, shown
-from mmcli.sinks.durable import make_folder, read_json, write_json
 
 METADATA = "metadata.csv"
 NOTES, OWNER, PLACED, NEW = ".mmcli", "owner.json", "placed.sqlite", "new"

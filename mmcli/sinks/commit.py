@@ -24,9 +24,7 @@ from typing import Any, Literal, Self
 
 import pyarrow as pa
 
-from mmcli.core.errors import MmcliError, StateMismatch
-from mmcli.core.job import differences
-from mmcli.sinks.durable import (
+from mmcli.core.durable import (
     TEMPORARY_SUFFIX,
     fsync_folder,
     make_folder,
@@ -36,6 +34,8 @@ from mmcli.sinks.durable import (
     write_durably,
     write_json,
 )
+from mmcli.core.errors import MmcliError, StateMismatch
+from mmcli.core.job import differences
 from mmcli.sinks.finalise import FINAL_FOLDER, apply_swap, discard_staging, finalise
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.lock import Lock

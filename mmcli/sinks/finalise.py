@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmcli.core.durable import fsync_file, fsync_folder, make_folder, read_json, remove, write_json
 from mmcli.core.errors import MmcliError
-from mmcli.sinks.durable import fsync_file, fsync_folder, make_folder, read_json, remove, write_json
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.outputs import SWAP_FILE, RunSpec, encode_schema
 from mmcli.sinks.parquet import ParquetFormat, parquet_writer

@@ -11,8 +11,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from mmcli.core.durable import make_folder, output_errors
 from mmcli.core.errors import OutputError, TryAgain
-from mmcli.sinks.durable import make_folder, output_errors
 
 # How long a run waits for a winner that is just removing its staging folder.
 PATIENCE_S = 0.5

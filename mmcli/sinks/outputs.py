@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmcli.core.durable import read_json
 from mmcli.core.errors import ConfigError, StateMismatch
 from mmcli.core.job import Job
-from mmcli.sinks.durable import read_json
 from mmcli.sinks.parts import JOB_KEY, read_parts, total_errors
 from mmcli.sinks.place import Place
 

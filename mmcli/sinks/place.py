@@ -7,8 +7,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmcli.core.durable import output_errors
 from mmcli.core.errors import ConfigError
-from mmcli.sinks.durable import output_errors
 from mmcli.sinks.formats import is_folder
 
 

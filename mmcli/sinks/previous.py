@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmcli.core.durable import output_errors, read_json
 from mmcli.core.errors import MmcliError, OutputError, StateMismatch
-from mmcli.sinks.durable import output_errors, read_json
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.outputs import RUN_FILE, OutputInfo, RunSpec, decode_schema, without_inputs
 from mmcli.sinks.parquet import damaged_part, is_vector, open_parquet, parquet_writer

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmcli.core.durable import read_json
 from mmcli.core.errors import StateMismatch
-from mmcli.sinks.durable import read_json
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.npy import ROW_COLUMN
 from mmcli.sinks.outputs import RUN_FILE, OutputInfo, finished_output

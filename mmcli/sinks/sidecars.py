@@ -18,9 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmcli.core.durable import fsync_folder, output_error
 from mmcli.core.errors import OutputError
 from mmcli.core.records import Record
-from mmcli.sinks.durable import fsync_folder, output_error
 from mmcli.sinks.outputs import finished_output
 from mmcli.sinks.parquet import batches
 from mmcli.sinks.parts import read_parts
