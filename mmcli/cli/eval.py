@@ -206,6 +206,13 @@ class _Planner:
         names = parse.split_names(self._how.column)
         own_truth = self._truth.truth if self._truth.truth in table.columns else None
         kind = None
+        if self._truth.truth is not None and self._truth.truth_folder:
+            self._problems.add("--truth and --truth-folder: give one of them")
+        if own_truth is not None and own_truth in names:
+            self._problems.add(
+                f"--column and --truth are both {own_truth}: that would compare the truth with itself"
+            )
+            return None
         if unknown := [p for name in names for p in missing(table, "--column", name)]:
             self._problems.lines += unknown
         elif self._how.metrics is None or metrics is not None:
@@ -251,10 +258,11 @@ class _Planner:
         """The id and the truth column of a truth file."""
         from mmcli.evaluation.kinds import id_of, missing, truth_column
 
-        named = self._truth.truth_id_column
-        if named is not None and (problems := missing(other, "--truth-id-column", named)):
-            for problem in problems:
-                self._problems.add(problem)
+        named, column = self._truth.truth_id_column, self._truth.truth_column
+        wrong = missing(other, "--truth-id-column", named) if named is not None else []
+        wrong += missing(other, "--truth-column", column) if column is not None else []
+        if wrong:
+            self._problems.lines += wrong
             return None
         own = self._truth.id_column
         ids = named or (own if own in other.columns else None) or id_of(other)
@@ -268,14 +276,12 @@ class _Planner:
             self._problems.add(
                 f"which column of {table.name} has the ids? Add --id-column, one of {', '.join(table.columns)}"
             )
-        column = self._problems.collect(truth_column, other, kind, self._truth.truth_column, ids)
+        column = column or self._problems.collect(truth_column, other, kind, ids)
         return None if column is None else (ids, column)
 
     def _other_truth(self, table: Table, *, needed: bool) -> Table | None:
         """The truth file, if it is one."""
         truth = self._truth
-        if truth.truth is not None and truth.truth_folder:
-            self._problems.add("--truth and --truth-folder: give one of them")
         if truth.truth is None:
             if needed and not truth.truth_folder:
                 self._problems.add(
@@ -294,8 +300,9 @@ class _Planner:
         if not os.path.exists(truth.truth) and not Path(truth.truth).suffix:
             from mmcli.evaluation.kinds import missing
 
-            for problem in missing(table, "--truth", truth.truth):
-                self._problems.add(f"{problem}; and there is no such file")
+            self._problems.lines += [
+                f"{p}; and there is no such file" for p in missing(table, "--truth", truth.truth)
+            ]
             return None
         return self._problems.collect(_open_truth, truth.truth)
 

@@ -79,6 +79,13 @@ def choose_kind(table: Table, metrics: str | None, column: str | None, truth: st
     if len(kinds) == 1:
         return kinds[0]
     known = ", ".join(KINDS)
+    if column is not None:
+        raise ConfigError(f"--column {column} does not tell what is to be measured; add --metrics, one of {known}")
+    if not kinds and truth is not None and _by_columns([truth]):
+        raise ConfigError(
+            f"--truth {truth}: {table.name} has no other column of answers ({_list(names)}); name it with --column "
+            "and --metrics, or give what is right as a file"
+        )
     what = f"could mean {' or '.join(kinds)}" if kinds else "do not tell what is to be measured"
     raise ConfigError(f"the columns of {table.name} ({_list(names)}) {what}; add --metrics, one of {known}")
 
@@ -126,8 +133,6 @@ def _answer_column(
 ) -> str | None:
     if column is not None:
         problems += missing(table, "--column", column)
-        if column == truth:
-            problems.append(f"--column and --truth are both {column}: that would compare the truth with itself")
         return column
     found = [name for name in KINDS[kind].answers if name in table.columns and name != truth]
     if not found or found == ["answer"]:
@@ -135,22 +140,21 @@ def _answer_column(
     several = [name for name in found if _is_answer(name)]
     if len(several) > 1 and several == found:
         problems.append(f"{table.name} has several answers: {_list(several)}; choose one with --column")
-    if not found:
+    if not found and truth in KINDS[kind].answers:
+        problems.append(
+            f"--truth {truth}: those are the answers; what is right has to be another column, or a file"
+        )
+    elif not found:
         others = [name for name in table.columns if name != truth]
         problems.append(
             f"{table.name} has no column {' or '.join(KINDS[kind].answers[:3])} to measure {kind} by; "
             f"choose with --column, one of {_list(others)}"
         )
-        return None
-    return found[0]
+    return found[0] if found else None
 
 
-def truth_column(table: Table, kind: str, name: str | None, ids: str) -> str:
-    """The column of a truth file that holds what is right. Raises ConfigError."""
-    if name is not None:
-        if problems := missing(table, "--truth-column", name):
-            raise ConfigError(problems)
-        return name
+def truth_column(table: Table, kind: str, ids: str) -> str:
+    """The column of a truth file that holds what is right. Raises ConfigError when its name does not tell."""
     usual = [c for c in KINDS[kind].truths if c in table.columns and c != ids]
     others = [c for c in table.columns if c != ids]
     found = usual or (others if len(others) == 1 else [])

@@ -297,11 +297,11 @@ def _check_single(pairs: Pairs, kind: str) -> None:
     wrong = []
     for i, right in enumerate(pairs.references):
         if len(distinct := list(dict.fromkeys(right))) != 1:
-            wrong.append(f"{pairs.ids[i]} has {' and '.join(map(repr, distinct[:SHOWN])) or 'none'}")
+            wrong.append(f"{pairs.ids[i]!r} has {' and '.join(map(repr, distinct[:SHOWN])) or 'none'}")
         pairs.references[i] = distinct[:1]
-    if wrong:
+    if wrong := list(dict.fromkeys(wrong)):
         what = "true class" if kind == CLASSIFICATION else "transcript"
-        more = f", and {len(wrong) - SHOWN:,} more rows" if len(wrong) > SHOWN else ""
+        more = f"; and {len(wrong) - SHOWN:,} more" if len(wrong) > SHOWN else ""
         raise ConfigError(f"each row needs one {what}, but {'; '.join(wrong[:SHOWN])}{more}")
 
 

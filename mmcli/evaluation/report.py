@@ -56,8 +56,8 @@ class Report:
         lines = [*self._head(), "", *self._scores()]
         if classes := self.details.get("classes"):
             lines += ["", *_classes(classes)]
-        if confusion := self.details.get("confusion"):
-            lines += ["", *_confusion(confusion)]
+        if confusion := _confusion(self.details.get("confusion")):
+            lines += ["", *confusion]
         return lines + [""] * bool(self.notes) + [f"note: {one_line(note, 2000)}" for note in self.notes]
 
     def _head(self) -> Iterable[str]:
@@ -78,11 +78,11 @@ class Report:
         if counts.merged:
             parts.append(f"{counts.merged:,} are more references of others")
         if counts.without_truth:
-            parts.append(f"{counts.without_truth:,} without truth left out")
+            parts.append(f"{counts.without_truth:,} without a truth left out")
         if counts.unused_truth:
-            parts.append(f"{counts.unused_truth:,} ids of the truth not among them")
+            parts.append(f"ids of the truth without a row: {counts.unused_truth:,}")
         if counts.repeated_ids and not counts.merged:
-            parts.append(f"{counts.repeated_ids:,} ids are there more than once, and every row counts")
+            parts.append(f"ids that several rows have: {counts.repeated_ids:,}, and every row counts")
         return "; ".join(parts)
 
     def _scores(self) -> list[str]:
@@ -115,8 +115,10 @@ def _classes(classes: Sequence[dict[str, Any]]) -> list[str]:
     return _table(rows)
 
 
-def _confusion(confusion: dict[str, Any]) -> list[str]:
+def _confusion(confusion: dict[str, Any] | None) -> list[str]:
     """The matrix where it is small, else the commonest mistakes."""
+    if confusion is None:
+        return []
     classes, matrix = confusion["classes"], confusion["matrix"]
     if matrix is not None and len(classes) <= MATRIX:
         answers = [one_line(name, 12) for name in classes]

@@ -68,7 +68,7 @@ def open_table(path: str) -> Table:
             with _readable(path):
                 return opener(path)
     known = ", ".join(s for suffixes in _FORMATS for s in suffixes)
-    raise ConfigError(f"cannot tell the format of {path} by its name; it should end with {known}")
+    raise ConfigError(f"cannot tell the format of {path} by its name; give a file that ends with {known}")
 
 
 def arrow_columns(schema: pa.Schema) -> dict[str, Holds]:
