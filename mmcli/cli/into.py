@@ -52,16 +52,19 @@ def check_into(arguments: Arguments, problems: Problems) -> None:
 def _check_inputs(arguments: Arguments, wanted: IntoArguments, problems: Problems) -> None:
     """Else a second run would take what the first has put there for inputs."""
     folder = os.path.realpath(str(wanted.into))
+    said = f"--into {wanted.into}"
     for name in arguments.inputs.inputs or ():
         if name == "-":
             continue
-        if _within(os.path.realpath(name), folder):
-            problems.add(f"--into {wanted.into}: the input {name} lies in it; give another folder")
+        real = os.path.realpath(name)
+        if real != folder and _within(real, folder):
+            problems.add(f"{said}: the input {name} lies in it; give another folder")
             return
         if _reads(name, folder):
+            it = "it is" if real == folder else "it lies in"
             problems.add(
-                f"--into {wanted.into}: it lies in the input {name}, and a second run would read what the first "
-                "has put there; give a folder beside it"
+                f"{said}: {it} the input {name}, and a second run would read what the first has put there; "
+                "give a folder beside it"
             )
             return
 

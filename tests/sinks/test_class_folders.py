@@ -16,6 +16,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_disk import fill
+from test_disk import small_disk as small_disk
 
 from mmcli.core.errors import ConfigError
 from mmcli.core.records import Media, Record
@@ -364,6 +366,33 @@ def test_a_source_that_cannot_be_read(folder: Path, files: list[Path]) -> None:
     tally = place(folder, {files[0]: "cat", files[1]: "cat"}, copy=True)
     assert sorted(tree(folder)) == ["cat/b.jpg"]
     assert str(tally.failure) == f"cannot read {files[0]}: Permission denied"
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("leave", [0, *range(4096, 80_000, 8192)])
+def test_a_full_disk(small_disk: Path, tmp_path: Path, leave: int, copy: bool) -> None:
+    """Whichever step runs out of space: what is there stays, and a run with room completes it."""
+    files = made(tmp_path / "in", *(f"{number}.jpg" for number in range(8)))
+    for file in files:
+        file.write_text(file.name * 500)
+    place(small_disk / "sorted", dict.fromkeys(files[:2], "cat"), copy)
+    before = tree(small_disk / "sorted")
+    filler = fill(small_disk, leave)
+    tally = place(small_disk / "sorted", dict.fromkeys(files, "dog"), copy)
+    if tally.failure is not None:
+        assert "full" in str(tally.failure) or "No space left on device" in str(tally.failure)
+        assert tree(small_disk / "sorted").items() >= before.items()
+        assert len(metadata(small_disk / "sorted")) == 2
+    filler.unlink()
+    assert place(small_disk / "sorted", dict.fromkeys(files, "dog"), copy).failure is None
+    assert tree(small_disk / "sorted") == {f"dog/{file.name}": file.name * 500 for file in files}
+
+
+def test_a_folder_that_cannot_be_written(small_disk: Path, files: list[Path]) -> None:
+    place(small_disk / "sorted", {files[0]: "cat"})
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    tally = place(small_disk / "sorted", {files[1]: "cat"})
+    assert "this folder cannot be written" in str(tally.failure) or "readonly" in str(tally.failure)
 
 
 KILLED = """
