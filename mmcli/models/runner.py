@@ -58,33 +58,14 @@ class PendingVectors:
         return self._host.numpy()
 
 
-class TorchRunner:
-    """What all runners share (see mmcli.core.protocols.Runner): device, loading, batches on their way to it.
+class Collator:
+    """Samples -> batches on a device, without a model."""
 
-    loaded  what the plan's loader gives
-    """
-
-    def __init__(self, plan: CheckpointPlan) -> None:
-        self.device = torch.device(choose_device(plan.device)[0])
+    def __init__(self, plan: CheckpointPlan, device: torch.device) -> None:
+        self.device = device
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
-        if self.device.type == "cpu" and plan.dtype == "float16":
-            raise ModelError(
-                "--dtype float16 is not for the CPU: 4 times slower than float32", hint="--dtype bfloat16"
-            )
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        plan.checkpoint.fetch_weights()
-        try:
-            self.loaded = plan.load_weights(self.device)
-        except MmcliError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise ModelError(f"-m {plan.checkpoint.id}: its weights do not fit on {self.device}") from error
-        except Exception as error:
-            raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
         self._fill = _text_fill(plan)
-        images = plan.inputs.image
-        self._normalize = _normalization(plan) if images else None
+        self._normalize = _normalization(plan) if plan.inputs.image else None
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Samples of equal (modality, group) -> a Batch; sequences are padded to the longest, on the right.
@@ -109,6 +90,32 @@ class TorchRunner:
             moved = self._normalize(moved)
         # A number for each clip is a time, not an input of a layer (Qwen2.5-VL's second_per_grid_ts).
         return moved.to(self._dtype) if moved.is_floating_point() and moved.ndim > 1 else moved
+
+
+class TorchRunner(Collator):
+    """What all runners share (see mmcli.core.protocols.Runner): device, loading, batches on their way to it.
+
+    loaded  what the plan's loader gives
+    """
+
+    def __init__(self, plan: CheckpointPlan) -> None:
+        self.device = torch.device(choose_device(plan.device)[0])
+        if self.device.type == "cpu" and plan.dtype == "float16":
+            raise ModelError(
+                "--dtype float16 is not for the CPU: 4 times slower than float32", hint="--dtype bfloat16"
+            )
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        plan.checkpoint.fetch_weights()
+        try:
+            self.loaded = plan.load_weights(self.device)
+        except MmcliError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"-m {plan.checkpoint.id}: its weights do not fit on {self.device}") from error
+        except Exception as error:
+            raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
+        super().__init__(plan, self.device)
 
 
 class EmbeddingRunner(TorchRunner):
