@@ -30,8 +30,9 @@ class _HeadRunner(TorchRunner):
 
     def logits(self, batch: Batch, width: int) -> torch.Tensor:
         """Batch -> float32 [n, width]. Raises torch.OutOfMemoryError, ModelError for another width."""
-        logits = self._towers[batch.modality](self.to_device(batch))
-        if logits.ndim != 2 or logits.shape[1] != width:
+        # VideoPrism's have an axis of one between.
+        logits = self._towers[batch.modality](self.to_device(batch)).flatten(1)
+        if logits.shape[1] != width:
             raise ModelError(
                 f"the model gave scores of shape {tuple(logits.shape)}; config.json has {width} labels"
             )
@@ -82,8 +83,13 @@ def _load_tower(plan: ClassificationPlan, row: ClassifierHead, device: torch.dev
     model = load_model(getattr(transformers, row.auto_class), plan, device, unused, makes="scores")
     if plan.checkpoint.config.model_type in CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)
+    return head_tower(model, row.modality)
+
+
+def head_tower(model: Any, modality: Modality) -> Tower:
+    """What gives a loaded model's logits."""
     tower = _logits_of(model)
-    return _text_tower(model, _with_sparse_attention(model, tower)) if row.modality == "text" else tower
+    return _text_tower(model, _with_sparse_attention(model, tower)) if modality == "text" else tower
 
 
 def _logits_of(model: Any) -> Tower:
@@ -93,7 +99,9 @@ def _logits_of(model: Any) -> Tower:
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         given = {name: tensor for name, tensor in inputs.items() if name in accepted}
-        logits: torch.Tensor = model(**given, **options).logits
+        output = model(**given, **options)
+        # PP-LCNet has another name for them.
+        logits: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
         return logits
 
     return tower

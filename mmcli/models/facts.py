@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 _POSITIONS_AFTER_PADDING = frozenset(
     [
         "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet",
-        "longformer", "esm", "ibert", "clap_text_model", "altclip_text_model",
+        "longformer", "luke", "esm", "ibert", "xmod", "clap_text_model", "altclip_text_model",
     ]
 )  # fmt: skip
 # What tokenizers give as their limit when they have none.

@@ -82,6 +82,8 @@ TEXTS: dict[str, Builder] = {
     "mpnet": head("MPNet", tiny.mpnet_tokenizer, max_position_embeddings=66),
     "roberta": head("Roberta", roberta_tokenizer, max_position_embeddings=66, type_vocab_size=1),
     "xlm-roberta": head("XLMRoberta", xlm_roberta_tokenizer, max_position_embeddings=66, type_vocab_size=1),
+    "xmod": head("Xmod", xlm_roberta_tokenizer, max_position_embeddings=66, type_vocab_size=1,
+                 languages=["en_XX"], default_language="en_XX"),
     # What stands behind a text counts.
     "big_bird": head("BigBird", max_position_embeddings=64, block_size=2, num_random_blocks=1),
     "convbert": head("ConvBert", embedding_size=16, max_position_embeddings=64),
@@ -154,20 +156,6 @@ def picture(model: str, processor: Callable[[], Any], class_name: str = _IMAGE, 
     return image(model, processor, class_name, **_COUNT, **config)
 
 
-def soft(builder: Builder) -> Builder:
-    """With a head of small weights: else all scores are 0 or 1."""
-
-    def build(folder: Path) -> Path:
-        weights = load_file(builder(folder) / "model.safetensors")
-        for name in weights:
-            if name.endswith("linear.weight") and "classifier" in name:
-                weights[name] *= 0.05
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return folder
-
-    return build
-
-
 def patches(
     model: str, processor: Callable[[], Any] | None = None, class_name: str = _IMAGE, **config: Any
 ) -> Builder:
@@ -197,10 +185,30 @@ _SWIN = {
     "image_size": SIDE,
     "patch_size": 4,
 }
-_LEVIT = {
-    "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
-    "image_size": 64,
-}  # fmt: skip
+_BLOCKS = [[[3, 16, 16, 1, False]], *([[3, 16, 16, stride, False]] for stride in (1, 2, 2)), [[5, 16, 64, 1, True]]]
+
+
+def _pp_lcnet() -> Any:
+    return hf.PPLCNetImageProcessor(resize_short=SIDE + 4, crop_size={"height": SIDE, "width": SIDE})
+
+
+def levit(ending: str = "") -> Builder:
+    """With a head of small weights: else all scores are 0 or 1."""
+    made = picture(
+        "Levit", lambda: cropped("Levit", 64), _IMAGE + ending, hidden_sizes=[16, 24, 32], depths=[1, 1, 1],
+        num_attention_heads=[2, 2, 2], key_dim=[8, 8, 8], image_size=64,
+    )  # fmt: skip
+
+    def build(folder: Path) -> Path:
+        weights = load_file(made(folder) / "model.safetensors")
+        for name in weights:
+            if name.startswith("classifier") and name.endswith("linear.weight"):
+                weights[name] *= 0.05
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return build
+
 
 IMAGES: dict[str, Builder] = {
     "beit": patches("Beit", lambda: cropped("Beit"), use_relative_position_bias=True),
@@ -218,8 +226,8 @@ IMAGES: dict[str, Builder] = {
         in_channels=[32, 16, 24], out_channels=[16, 24, 30], strides=[1, 1, 2], num_block_repeats=[1, 1, 2],
         expand_ratios=[1, 6, 6], hidden_dim=1280, width_coefficient=1.0, depth_coefficient=1.0,
     ),
-    "levit": soft(picture("Levit", lambda: cropped("Levit", 64), **_LEVIT)),
-    "levit-teacher": soft(picture("Levit", lambda: cropped("Levit", 64), f"{_IMAGE}WithTeacher", **_LEVIT)),
+    "levit": levit(),
+    "levit-teacher": levit("WithTeacher"),
     "mobilenet_v1": picture("MobileNetV1", lambda: cropped("MobileNetV1", 2 * SIDE), depth_multiplier=0.25),
     "mobilenet_v2": picture("MobileNetV2", lambda: cropped("MobileNetV2", 2 * SIDE), depth_multiplier=0.25),
     # Its processor swaps red and blue.
@@ -227,6 +235,7 @@ IMAGES: dict[str, Builder] = {
         "MobileViT", lambda: cropped("MobileViT", 2 * SIDE), image_size=2 * SIDE, hidden_sizes=[16, 16, 16],
         neck_hidden_sizes=[8, 8, 16, 16, 16, 16, 32], num_attention_heads=2,
     ),
+    "pp_lcnet": picture("PPLCNet", _pp_lcnet, class_expand=64, block_configs=_BLOCKS),
     "regnet": picture("RegNet", _convnext, embedding_size=16, groups_width=8, **_STAGES),
     "resnet": picture("ResNet", _convnext, embedding_size=16, **_STAGES),
     "segformer": picture("Segformer", lambda: square("Segformer"), depths=[1, 1, 1, 1],
@@ -274,7 +283,8 @@ SOUNDS: dict[str, Builder] = {
     "data2vec-audio": waves("Data2VecAudio", None),
     "hubert-group": waves("Hubert", "group", **_NEAR),
     "hubert-layer": waves("Hubert", "layer", **_STABLE),
-    "sew": waves("SEW", "group", squeeze_factor=2, **_NEAR),
+    "sew-layer": waves("SEW", "layer", squeeze_factor=2, **_NEAR),
+    "sew-group": waves("SEW", "group", squeeze_factor=2, **_NEAR),
     "wav2vec2-group": waves("Wav2Vec2", "group", **_NEAR),
     "wav2vec2-layer": waves("Wav2Vec2", "layer", **_STABLE),
     "wav2vec2-weighted": waves("Wav2Vec2", "layer", use_weighted_layer_sum=True, **_STABLE),
@@ -298,10 +308,20 @@ def vjepa2(folder: Path) -> Path:
     return tiny.save(folder, hf.VJEPA2ForVideoClassification(config), processor)
 
 
+def videoprism(folder: Path) -> Path:
+    config = hf.VideoPrismVisionConfig(
+        hidden_size=32, intermediate_size=48, num_spatial_layers=1, num_temporal_layers=1, num_attention_heads=4,
+        num_auxiliary_layers=1, image_size=SIDE, num_frames=FRAMES, tubelet_size=[1, 8, 8], **_COUNT,
+    )  # fmt: skip
+    processor = hf.LlavaOnevisionVideoProcessor(size={"height": SIDE, "width": SIDE})
+    return tiny.save(folder, hf.VideoPrismForVideoClassification(config), processor)
+
+
 CLIPS: dict[str, Builder] = {
     "timesformer": frames("Timesformer", "VideoMAEImageProcessor"),
     "videomae": frames("VideoMAE", "VideoMAEImageProcessor"),
     "vivit": frames("Vivit", "VivitImageProcessor", tubelet_size=(2, 8, 8)),
+    "videoprism": videoprism,
     "vjepa2": vjepa2,
 }
 
