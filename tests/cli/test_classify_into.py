@@ -8,12 +8,14 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from cli_runs import Cli, process, wait_until
+from PIL import Image, ImageOps
 
 MODEL = ("-m", "fake:8", "--labels", "a,b")
 
@@ -164,7 +166,9 @@ def test_imagefolder_reads_it(cli: Cli, sample_data: Path, tmp_path: Path) -> No
         "imagefolder", data_dir=str(tmp_path / "sorted"), data_files={"train": "**"}, cache_dir=str(tmp_path / "c")
     )["train"]
     assert dict(zip(loaded["id"], loaded["label"], strict=True)) == labels(tmp_path / "o.parquet")
-    assert {picture.size for picture in loaded["image"]} == {(128, 128)}
+    turned = {p.name: ImageOps.exif_transpose(Image.open(p)) for p in (tmp_path / "in").iterdir()}
+    sizes = {name: picture.size for name, picture in turned.items()}
+    assert {name: picture.size for name, picture in zip(loaded["id"], loaded["image"], strict=True)} == sizes
 
 
 def test_interrupted_while_copying(texts: Path, folder: Path, tmp_path: Path, cli: Cli) -> None:
@@ -280,8 +284,6 @@ def test_failures_are_exit_8_with_the_output_complete(
 
 def test_a_list_that_names_the_folder_too(folder: Path, texts: Path, tmp_path: Path) -> None:
     """`find . | mmcli classify -`, twice."""
-    import subprocess
-
     command = [sys.executable, "-m", "mmcli", "classify", "-", *MODEL, "--into", "sorted", "-o", "o.parquet"]
     for more in ([], ["--update"]):
         found = subprocess.run(["find", "-L", ".", "-name", "*.txt"], cwd=tmp_path, capture_output=True, check=True)
