@@ -21,7 +21,7 @@ from mmcli.models.plan import ClassificationPlan, Inputs, TextSpec, VideoSpec
 
 FAMILY = "classifier"
 # transformers' class that loads a checkpoint, the table of the classes that it knows, and what those take.
-_AUTO: tuple[tuple[str, str, Modality], ...] = (
+AUTO: tuple[tuple[str, str, Modality], ...] = (
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "image"),
     ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "audio"),
     ("AutoModelForVideoClassification", "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES", "video"),
@@ -69,13 +69,13 @@ def find(checkpoint: Checkpoint) -> ClassifierHead | None:
 
     content = checkpoint.json("config.json")
     kind, architectures = content.get("model_type"), content.get("architectures") or ()
-    for auto_class, table, modality in _AUTO:
+    for auto_class, table, modality in AUTO:
         known = getattr(modeling_auto, table).get(kind, ())
         for architecture in architectures:
             if architecture in ((known,) if isinstance(known, str) else known):
                 return ClassifierHead(modality, auto_class, architecture)
     own_code = content.get("auto_map")
-    for auto_class, _, modality in _AUTO:
+    for auto_class, _, modality in AUTO:
         if isinstance(own_code, dict) and auto_class in own_code:
             return ClassifierHead(modality, auto_class, None)
     return None
@@ -139,7 +139,7 @@ def _asked_problems(checkpoint: Checkpoint, classification: Classification) -> l
     """What is asked that is only for models without labels of their own."""
     if classification.labels:
         names = label_names(checkpoint)
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
         return [
             f"-m {checkpoint.id}: it has {len(names)} labels of its own ({shown}) and takes no others; leave "
             "--labels out, or give a model that compares inputs with texts (CLIP, SigLIP, CLAP; for texts one "

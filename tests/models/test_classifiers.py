@@ -315,7 +315,7 @@ def test_all_problems_are_told_together(tiny: Callable[[str], Path], tmp_path: P
         plan_of(folder, asked("cat", "dog"))
     told = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
-    assert "has 6 labels of its own (LABEL_0, LABEL_1, LABEL_2, ...)" in told
+    assert "has 6 labels of its own ('LABEL_0', 'LABEL_1', 'LABEL_2', ...)" in told
     assert "no preprocessor_config.json" in told
     with pytest.raises(ConfigError) as caught:
         plan_of(tiny("vit"), Classification(templates=("a {}",), question="Which?"))
