@@ -40,13 +40,12 @@ def check_into(arguments: Arguments, problems: Problems) -> None:
         problems.add(f"{said}: made from the rows of an output, which --format {output.format} has not")
     out = os.path.realpath(output.output)
     if _within(out, os.path.realpath(wanted.into)):
-        problems.add(
-            f"{said}: -o {output.output} lies in it; put the output beside it, e.g. -o {wanted.into}.parquet"
-        )
+        such = f", e.g. -o {wanted.into}.parquet" if wanted.into.name else ""
+        problems.add(f"{said}: -o {output.output} lies in it; put the output beside it{such}")
     elif _within(os.path.realpath(wanted.into), out):
         problems.add(f"{said}: it lies in -o {output.output}; put it beside that")
     else:
-        problems.collect(check_folder, Into(wanted.into, Path(out)))
+        problems.collect(check_folder, Into(wanted.into, Path(out), wanted.copy))
 
 
 def _check_inputs(arguments: Arguments, wanted: IntoArguments, problems: Problems) -> None:

@@ -52,7 +52,7 @@ def _problem(into: Into) -> str | None:
         parent = folder.absolute().parent
         if not parent.is_dir():
             return f"there is no folder {shown(parent)}; mkdir -p '{shown(parent)}'"
-        return None if os.access(parent, os.W_OK | os.X_OK) else f"the folder {shown(parent)} cannot be written"
+        return _unwritable(parent, into.copy)
     if not folder.is_dir():
         return "this is a file; give a folder that is new or empty"
     owner = read_json(folder / NOTES / OWNER)
@@ -64,7 +64,25 @@ def _problem(into: Into) -> str | None:
         return f"its files are of another output, {shown(other)}; give another folder, or delete this one first"
     if owner is not None and digest_of(folder / METADATA) not in (None, *owner.get("metadata", ())):
         return f"{METADATA} was changed since mmcli wrote it, and would be replaced; move it to another place first"
-    return None if os.access(folder, os.W_OK | os.X_OK) else "this folder cannot be written"
+    return _unwritable(folder, into.copy)
+
+
+def _unwritable(folder: Path, copy: bool) -> str | None:
+    """Why no links, or copies, can be made there. By trying: permissions tell only half of it."""
+    probe = folder / f".{os.getpid()}.mmcli-check.tmp"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.unlink(probe)
+    except OSError as error:
+        return f"nothing can be written in {shown(folder)}: {error.strerror or error}"
+    if copy:
+        return None
+    try:
+        os.symlink("nowhere", probe)
+        os.unlink(probe)
+    except OSError as error:
+        return f"no symbolic links can be made there ({error.strerror or error}); add --copy"
+    return None
 
 
 def _relative(into: Into) -> str:

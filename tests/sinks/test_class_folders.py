@@ -392,7 +392,31 @@ def test_a_folder_that_cannot_be_written(small_disk: Path, files: list[Path]) ->
     place(small_disk / "sorted", {files[0]: "cat"})
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     tally = place(small_disk / "sorted", {files[1]: "cat"})
-    assert "this folder cannot be written" in str(tally.failure) or "readonly" in str(tally.failure)
+    assert f"nothing can be written in {small_disk}/sorted: Read-only file system" in str(tally.failure)
+    assert f"nothing can be written in {small_disk}: Read-only" in problem(small_disk / "anew")
+
+
+def test_a_file_system_without_links(tmp_path: Path) -> None:
+    """As FAT; this one is of the kernel itself."""
+    (tmp_path / "disk").mkdir()
+    made = subprocess.run(["mount", "-t", "mqueue", "none", tmp_path / "disk"], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount such a file system here: {made.stderr.decode().strip()}")
+    try:
+        assert "no symbolic links can be made there" in problem(tmp_path / "disk/sorted")
+        check_folder(Into(tmp_path / "disk/sorted", tmp_path / "o.parquet", copy=True))
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+@pytest.mark.parametrize("step", [1, 100, 1000, 10**9, 2 * 10**9])
+def test_file_systems_that_keep_time_in_steps(folder: Path, files: list[Path], step: int) -> None:
+    os.utime(files[0], ns=(0, 1_234_567_891_123_456_789))
+    place(folder, {files[0]: "cat"}, copy=True)
+    os.utime(folder / "cat/a.jpg", ns=(0, 1_234_567_891_123_456_789 // step * step))
+    assert place(folder, {files[0]: "cat"}, copy=True).same == 1
+    os.utime(folder / "cat/a.jpg", ns=(0, 1_234_567_891_123_456_790))
+    assert place(folder, {files[0]: "cat"}, copy=True).changed == 1
 
 
 KILLED = """
