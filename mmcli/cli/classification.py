@@ -11,11 +11,10 @@ from mmcli.cli import parse
 from mmcli.cli.compose import Arguments, GivenSource, Planned, PlannerDefaults, Prepared
 from mmcli.cli.given import GivenVectors, open_given
 from mmcli.cli.labels import min_score, read_labels, write_kept
-from mmcli.cli.options import EndpointArguments, FewShotArguments, LabelArguments
+from mmcli.cli.options import EndpointArguments, FewShotArguments, InputArguments, LabelArguments
 from mmcli.cli.parse import Problems
 from mmcli.cli.planners import endpoint_options, model_options
 from mmcli.cli.support import Examples, list_examples, look_at
-from mmcli.core.errors import ConfigError
 from mmcli.core.protocols import ClassifierPlan, ModelPlan
 
 if TYPE_CHECKING:
@@ -43,6 +42,10 @@ class ClassifyPlanner(PlannerDefaults):
         inputs = self._arguments.inputs
         wanted = inputs.inputs or []
         keep = parse.split_names(inputs.keep)
+        if flags := _media_flags(inputs):
+            if self._labels.vector_column is not None:
+                problems.add(f"--vector-column and {flags[0]} exclude one another; give one of them")
+            return None
         for name in wanted:
             found = problems.collect(open_given, name, self._labels.vector_column, inputs.id_column, keep)
             if found is not None:
@@ -71,17 +74,23 @@ class ClassifyPlanner(PlannerDefaults):
         least = min_score(self._labels, problems)
         solved = self._solved(wanted, problems)
         self._check_saving(problems)
+        self._check_idle(problems)
         options = self._model_options(problems)
         if wanted is None or options is None or len(problems.lines) > before:
             return None
         plan = problems.collect(self._resolve, options, wanted, solved)
         if plan is None:
             return None
+        self._check_keepable(plan, problems)
         self._options = options
         told: dict[str, Any] = {"min_score": least, "exact_decode": options.exact_decode}
         task = Classify(wanted.ranking.threshold is not None, least, plan.open_joiner())
-        late = self._examples is not None or self._labels.save_labels or self._few_shot.save_head
-        return Planned(plan, task, told, self._ready if late else None)
+        late = self._examples is not None or self._saves
+        return Planned(plan, task, told, self._ready if late else None, keeps=self._saves)
+
+    @property
+    def _saves(self) -> bool:
+        return self._labels.save_labels is not None or self._few_shot.save_head is not None
 
     # ------------------------------------------------------------------------------------- the model
 
@@ -116,7 +125,7 @@ class ClassifyPlanner(PlannerDefaults):
         return None
 
     def _resolve(self, options: ModelOptions, wanted: Classification, solved: Solved | None) -> ClassifierPlan:
-        from mmcli.models.classify import check_same_model, on_vectors, resolve_classifier
+        from mmcli.models.classify import check_normalized, check_same_model, on_vectors, resolve_classifier
         from mmcli.models.vectors import VectorPlan, VectorsAlone
 
         given = self._given[0] if self._given else None
@@ -133,6 +142,7 @@ class ClassifyPlanner(PlannerDefaults):
             assert isinstance(plan, VectorPlan)
             size = source.embedding_size
             check_same_model(plan.base, options.model, {**(model or {}), "size": size}, whose)
+            check_normalized(plan, solved, model or {}, whose)
         return plan
 
     # ---------------------------------------------------------------------------------- the examples
@@ -148,6 +158,8 @@ class ClassifyPlanner(PlannerDefaults):
         if asked.examples is None:
             if asked.method != "auto":
                 problems.add(f"--method {asked.method}: there are no --examples to make a head of")
+            if asked.label_column != "label":
+                problems.add(f"--label-column {asked.label_column}: there are no --examples that could have one")
             return None
         names = wanted.names if wanted is not None else ()
         column = self._labels.vector_column
@@ -158,6 +170,32 @@ class ClassifyPlanner(PlannerDefaults):
         self._how, why = choose_method(FewShot(method, alpha, beta, seed), examples.counts)
         self._examples, self._why = examples, why
         return Solved(examples.labels, examples.digest, self._how)
+
+    def _check_idle(self, problems: Problems) -> None:
+        """Options that nothing would heed."""
+        asked = self._few_shot
+        if self._how is None or self._how.method != "tip-adapter":
+            for flag, value, default in (("alpha", asked.tip_alpha, "1"), ("beta", asked.tip_beta, "5.5")):
+                if value != default:
+                    problems.add(f"--tip-{flag} goes with --examples and --method tip-adapter")
+
+    def _check_keepable(self, plan: ClassifierPlan, problems: Problems) -> None:
+        """What is to be kept must be made by this command."""
+        from mmcli.models.classify import is_conditioned
+        from mmcli.models.head import is_head
+        from mmcli.models.vectors import VectorPlan
+
+        if not self._saves:
+            return
+        said, model = self._saving, self._arguments.model.model
+        if not isinstance(plan, VectorPlan):
+            problems.add(f"{said}: -m {model} compares no vectors that could be kept")
+        elif is_head(str(model)):
+            problems.add(f"{said}: -m {model} is a head that is kept already")
+        elif self._labels.save_labels is not None and not plan.prompts:
+            problems.add(f"{said}: there are no texts of labels that could be kept; give --labels")
+        elif self._examples is None and is_conditioned(plan.base):
+            problems.add(f"{said}: the vectors of labels depend on each clip with -m {model}")
 
     def _check_saving(self, problems: Problems) -> None:
         """What is kept must not replace what is something else."""
@@ -184,16 +222,13 @@ class ClassifyPlanner(PlannerDefaults):
         from mmcli.models.vectors import VectorPlan, VectorRunner, with_head
 
         plan = prepared.planned.plan
-        if not isinstance(plan, VectorPlan):
-            raise ConfigError(f"{self._saving}: -m {self._arguments.model.model} has labels of its own to keep")
+        assert isinstance(plan, VectorPlan)
         if self._examples is not None:
             return self._fitted(prepared, plan)
         runner = VectorRunner(plan)
-        if runner.head is None:
-            raise ConfigError(f"{self._saving}: this model's labels have other vectors beside each input")
-        plan_texts = plan.prompts or tuple((label,) for label in plan.labels)
+        assert runner.head is not None
         if self._labels.save_labels is not None:
-            write_kept(runner.head, list(plan_texts), plan.base.describe(), self._labels.save_labels)
+            write_kept(runner.head, list(plan.prompts), plan.base.describe(), self._labels.save_labels)
         made = with_head(plan, runner.head, runner.base)
         self._save_head(made)
         return made
@@ -230,6 +265,12 @@ class ClassifyPlanner(PlannerDefaults):
         head, base = plan.head, head_base(self._options, plan)
         with output_errors(self._few_shot.save_head):
             swap_folder(self._few_shot.save_head, lambda folder: write_head(head, base, folder))
+
+
+def _media_flags(inputs: InputArguments) -> list[str]:
+    """Options that say which columns of the inputs are media."""
+    kinds = ("image", "audio", "video", "text", "path")
+    return [f"--{kind}-column" for kind in kinds if getattr(inputs, f"{kind}_column") is not None]
 
 
 def _is_empty(folder: Path) -> bool:

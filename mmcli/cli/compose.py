@@ -66,12 +66,14 @@ class Planned:
     """What a task needs to run: the model's plan, the task, and its options that change output bytes.
 
     ready  makes the plan that runs, before the first row: the head of solved examples is made here
+    keeps  `ready` also writes files of its own, so that it is called where no row is missing, too
     """
 
     plan: ModelPlan
     task: Task
     options: dict[str, Any]
     ready: Callable[[Prepared], ModelPlan] | None = None
+    keeps: bool = False
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ def _embedded(name: str) -> tuple[dict[str, Any] | None, list[str]]:
     """The model of an output of embed, and its files; (None, []) for anything else."""
     from mmcli.sinks.outputs import read_output
 
-    if name == "-" or not os.path.exists(name):
+    if name == "-":
         return None, []
     try:
         info = read_output(name)
@@ -62,6 +62,8 @@ def _embedded(name: str) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _parquet_files(name: str) -> list[str]:
+    if name == "-":
+        raise ConfigError("--vector-column: vectors are read from files, not from stdin")
     if not os.path.exists(name):
         raise ConfigError(f"cannot read {name}: there is no such file")
     if not os.path.isdir(name):

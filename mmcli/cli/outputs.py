@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmcli import __version__
 from mmcli.cli.compose import Prepared
 from mmcli.cli.retry import check_inputs
-from mmcli.cli.run import Target, announce, check_budget, list_inputs, run_engine
+from mmcli.cli.run import Target, announce, check_budget, keep_beside, list_inputs, run_engine
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, OutputError, Stopped, TryAgain
 from mmcli.core.protocols import Snapshot
 from mmcli.engines.table import Layout
@@ -31,6 +31,7 @@ def run_to_output(prepared: Prepared) -> int:
         _resume(prepared, staging)
         if staging.complete:
             prepared.messages.note(f"{output.output} is complete already; nothing to compute")
+            keep_beside(prepared)
             failure = _write_sidecars(prepared, staging) or _place_files(prepared, staging, layout.schema.names)
         else:
             failure = _compute(prepared, snapshot, staging, layout)

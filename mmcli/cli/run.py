@@ -144,6 +144,7 @@ def _over_budget(prepared: Prepared) -> ErrorBudgetExceeded:
 def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     """Compute the rows that are missing. Raises MmcliError."""
     if snapshot.rows is not None and target.start_row >= snapshot.rows:
+        keep_beside(prepared)
         return
     from mmcli.engines.local import ErrorBudget, LocalOptions, StopFlag, Work, run
     from mmcli.engines.writer import PartLimits
@@ -177,6 +178,12 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
             run(work, options)
     except ErrorBudgetExceeded as error:
         raise _over_budget(prepared) from error
+
+
+def keep_beside(prepared: Prepared) -> None:
+    """Write what the command keeps beside its rows, where none of these is missing."""
+    if prepared.planned.keeps and prepared.planned.ready is not None:
+        prepared.planned.ready(prepared)
 
 
 def auto_batch_size(prepared: Prepared) -> int:

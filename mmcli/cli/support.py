@@ -86,7 +86,7 @@ def _open(name: str, label_column: str, vector_column: str | None) -> tuple[Sour
     """The source, what it is (vectors, folder or manifest), and what identifies the model of vectors."""
     from mmcli.sources.open import SourceOptions, open_source
 
-    given = None if os.path.isdir(name) else open_given(name, _vector_column(name, vector_column), None, ())
+    given = open_given(name, _vector_column(name, vector_column), None, ())
     if given is not None:
         if label_column in _names(given):
             given = open_given(name, vector_column, None, (label_column,))
@@ -128,7 +128,7 @@ def _labels_of(source: Source, kind: str, name: str, label_column: str) -> list[
     for number, record in enumerate(source.records()):
         if number == _MOST:
             raise ConfigError(f"{name} has more than {_MOST:,} rows; a fine-tuned model is better made of so many")
-        label = _label(record, kind, name)
+        label = label_of(record, kind)
         if label is None:
             bad.append(record.id)
         found.append(label or "")
@@ -143,7 +143,7 @@ def _labels_of(source: Source, kind: str, name: str, label_column: str) -> list[
     return found
 
 
-def _label(record: Any, kind: str, name: str) -> str | None:
+def label_of(record: Any, kind: str) -> str | None:
     """Of a manifest's column; of a folder, and of vectors without such a column, the first folder of the id."""
     if kind == "manifest":
         value = record.variables[0] if record.variables else None

@@ -11,13 +11,14 @@ from typing import Any
 from mmcli.core.errors import ConfigError
 from mmcli.core.protocols import ClassifierPlan, EmbeddingModelPlan, Runner, WriterPlan
 from mmcli.core.records import Classified, DecodeOptions, Modality, Scored
+from mmcli.core.template import Template
 from mmcli.models import dual_encoder, endpoint
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.fake import PREFIX as FAKE
 from mmcli.models.few_shot import FewShot
 from mmcli.models.head import Head, is_head, read_head
 from mmcli.models.options import Classification, Generation, ModelOptions, Ranking, Task
-from mmcli.models.vectors import VectorPlan
+from mmcli.models.vectors import VectorPlan, VectorsAlone
 
 # What a model that writes is asked, unless --question says it.
 QUESTION = "Which of these is it: {labels}? Answer with one of them and nothing else."
@@ -99,7 +100,7 @@ def resolve_classifier(
     Raises ConfigError for what does not go together, TryAgain for the hub.
     """
     if is_head(options.model):
-        return _saved_head(options, wanted, solved)
+        return _saved_head(options, wanted, solved, given)
     if options.model.startswith(FAKE):
         from mmcli.models.fake import resolve_fake
 
@@ -117,7 +118,7 @@ def _checkpoint(
     from mmcli.models import classifier, entailment, families
 
     checkpoint, dtype = families.open_with_dtype(options, [])
-    if solved is None and not given:
+    if solved is None and not given and wanted.kept is None:
         if wanted.labels and (pairs := entailment.find(checkpoint)) is not None:
             return entailment.plan(checkpoint, options, dtype, pairs, wanted)
         if (own := classifier.find(checkpoint)) is not None:
@@ -165,14 +166,15 @@ def on_vectors(
 ) -> VectorPlan:
     from mmcli.models import zero_shot
 
-    problems = _vector_problems(base, options, wanted, solved)
+    problems = _vector_problems(base, options, wanted, solved, given)
     if problems:
         raise ConfigError(problems)
     if wanted.kept is not None:
         head, identity = wanted.kept
         told = {**identity, "size": head.embedding_size}
         check_same_model(base, options.model, told, "--labels-file: its vectors")
-        return VectorPlan(base, head.labels, wanted.ranking, head.method, head=head, given=given)
+        made = {**head.method, "weights": head_identity(head)}
+        return VectorPlan(base, head.labels, wanted.ranking, made, head=head, given=given)
     templates = wanted.templates or (zero_shot.default_template(base.modalities),)
     if solved is None:
         prompts = zero_shot.fill(wanted.labels, templates)
@@ -190,30 +192,60 @@ def on_vectors(
 
 
 def _vector_problems(
-    base: EmbeddingModelPlan, options: ModelOptions, wanted: Classification, solved: Solved | None
+    base: EmbeddingModelPlan, options: ModelOptions, wanted: Classification, solved: Solved | None, given: bool
 ) -> list[str]:
+    if wanted.kept is not None:
+        return _kept_problems(options, wanted, solved)
     activation = getattr(base, "activation", None)
     problems = []
-    if solved is None and not wanted.labels and wanted.kept is None:
+    if solved is None and not wanted.labels:
         problems.append(f"-m {options.model}: it has no labels of its own; {_NO_LABELS}")
     needs_texts = solved is None or solved.how.method == "tip-adapter"
-    if needs_texts and activation is None and wanted.kept is None:
+    if needs_texts and activation is None:
         takes = ", ".join(sorted(base.modalities))
         problems.append(
             f"-m {options.model}: it gives vectors of {takes} alone, which labels cannot be compared with; "
             "take a model such as CLIP, or solved --examples with --method mean or probe"
         )
     elif wanted.ranking.threshold is not None and (solved is not None or activation != "sigmoid"):
-        what = "a head of examples" if solved is not None else "this model"
+        problems.append(_compete("a head of examples" if solved is not None else "this model"))
+    if needs_texts and (given or solved is not None) and is_conditioned(base):
+        what = "--method tip-adapter" if solved is not None else "INPUT"
         problems.append(
-            f"--multi-label: the labels of {what} compete for one input (softmax); SigLIP scores each alone, "
-            "and so do text models of entailment"
+            f"{what}: the vectors of labels depend on each clip with -m {options.model}; "
+            f"{'take --method mean or probe' if solved is not None else 'give it the clips, not their vectors'}"
         )
+    if not needs_texts and wanted.templates is not None:
+        problems.append("--template: heads of examples compare no texts (but --method tip-adapter); leave it out")
     if wanted.question is not None:
         problems.append(f"--question: -m {options.model} is asked nothing; leave it out (see --template)")
     if "text" not in base.modalities and needs_texts and activation is not None:
         problems.append(f"-m {options.model}: it has no tokenizer for the labels")
     return problems
+
+
+def _kept_problems(options: ModelOptions, wanted: Classification, solved: Solved | None) -> list[str]:
+    assert wanted.kept is not None
+    problems = []
+    if solved is not None:
+        problems.append("--labels-file: vectors that --save-labels kept are a head; leave it or --examples out")
+    if wanted.ranking.threshold is not None and wanted.kept[0].activation != "sigmoid":
+        problems.append(_compete("this file"))
+    if wanted.question is not None:
+        problems.append(f"--question: -m {options.model} is asked nothing; leave it out")
+    return problems
+
+
+def _compete(of: str) -> str:
+    return (
+        f"--multi-label: the labels of {of} compete for one input (softmax); SigLIP scores each alone, "
+        "and so do text models of entailment"
+    )
+
+
+def is_conditioned(base: EmbeddingModelPlan) -> bool:
+    """Whether the vectors of its labels depend on each input, as X-CLIP's do."""
+    return bool(getattr(getattr(base, "detail", None), "conditioned", False))
 
 
 def check_same_model(base: EmbeddingModelPlan, model: str, identity: dict[str, Any], whose: str) -> None:
@@ -231,17 +263,48 @@ def check_same_model(base: EmbeddingModelPlan, model: str, identity: dict[str, A
         )
 
 
-def _saved_head(options: ModelOptions, wanted: Classification, solved: Solved | None) -> VectorPlan:
-    from mmcli.models.resolve import resolve
-
-    if wanted.labels or wanted.kept is not None or solved is not None or wanted.templates is not None:
+def check_normalized(plan: VectorPlan, solved: Solved | None, identity: dict[str, Any], whose: str) -> None:
+    """Raise ConfigError for vectors of length 1 where a head reads lengths too, and the model's have others."""
+    if plan.head is not None:
+        by_direction = plan.head.normalize
+    else:
+        is_probe = solved is not None and solved.how.method == "probe"
+        by_direction = not is_probe or bool(getattr(plan.base, "normalize", False))
+    if identity.get("normalized") and not by_direction:
         raise ConfigError(
-            f"-m {options.model}: this head has its labels; leave --labels, --template and --examples out"
+            f"{whose} were divided by their length (embed --normalize), those that they meet here were not; "
+            "embed all of them alike"
+        )
+
+
+def _saved_head(options: ModelOptions, wanted: Classification, solved: Solved | None, given: bool) -> VectorPlan:
+    """`given`: its vectors are there, so that their model is not needed."""
+    asked = (wanted.labels, wanted.kept, solved, wanted.templates, wanted.question)
+    if any(one for one in asked):
+        raise ConfigError(
+            f"-m {options.model}: this head has its labels; leave --labels, --template, --question and "
+            "--examples out"
         )
     head, told = read_head(Path(options.model))
     if wanted.ranking.threshold is not None and head.activation != "sigmoid":
         raise ConfigError(f"--multi-label: the labels of {options.model} compete for one input (softmax)")
-    options = replace(
+    made = {**head.method, "weights": head_identity(head)}
+    if given:
+        alone = VectorsAlone(head.embedding_size, told["identity"])
+        return VectorPlan(alone, head.labels, wanted.ranking, made, head=head, given=True)
+    base = _base_of_head(options, head, told)
+    return VectorPlan(base, head.labels, wanted.ranking, made, head=head)
+
+
+def _base_of_head(options: ModelOptions, head: Head, told: dict[str, Any]) -> EmbeddingModelPlan:
+    from mmcli.models.resolve import resolve
+
+    if not told["model"]:
+        raise ConfigError(
+            f"-m {options.model}: this head was made of vectors, without their model; "
+            "give it vectors: an output of mmcli embed, or --vector-column"
+        )
+    named = replace(
         options,
         model=str(told["model"]),
         revision=told.get("revision"),
@@ -249,11 +312,11 @@ def _saved_head(options: ModelOptions, wanted: Classification, solved: Solved | 
         normalize=told.get("normalize"),
     )
     try:
-        base = resolve(options)
+        base = resolve(named)
     except ConfigError as error:
         raise ConfigError([f"the model of this head: {problem}" for problem in error.problems]) from error
     check_same_model(base, options.model, {**told["identity"], "size": head.embedding_size}, "the head's vectors")
-    return VectorPlan(base, head.labels, wanted.ranking, {**head.method, "weights": told["weights"]}, head=head)
+    return base
 
 
 # ----------------------------------------------------------------------------------------- by writing
@@ -274,6 +337,10 @@ def _asked(model: str, wanted: Classification) -> Generation:
         raise ConfigError(problems)
     names = ", ".join(wanted.names).replace("{", "{{").replace("}", "}}")
     question = (wanted.question or QUESTION).replace("{labels}", names)
+    if others := Template.parse(question).columns:
+        raise ConfigError(
+            f"--question: {{{others[0]}}} is no variable of it, only {{labels}} is; a brace itself is written twice"
+        )
     return Generation(questions=(question,), choices=wanted.names, max_new_tokens=20, task="ask")
 
 
@@ -290,14 +357,15 @@ def head_base(options: ModelOptions, plan: VectorPlan) -> dict[str, Any]:
     normalize = getattr(plan.base, "normalize", None)
     told = {"model": model, "revision": options.revision, "pooling": options.pooling, "normalize": normalize}
     assert plan.head is not None
-    return {**told, "identity": identity, "weights": head_identity(plan.head)}
+    return {**told, "identity": identity}
 
 
 def head_identity(head: Head) -> str:
-    """A digest of its numbers."""
+    """A digest of its numbers and settings."""
     from hashlib import blake2b
 
-    digest = blake2b(digest_size=16)
+    settings = (head.normalize, head.activation, head.cache and (head.cache.alpha, head.cache.beta))
+    digest = blake2b(repr(settings).encode(), digest_size=16)
     for tensor in (head.weight, head.bias, *((head.cache.keys, head.cache.classes) if head.cache else ())):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -144,6 +144,9 @@ def read_head(folder: Path) -> tuple[Head, dict[str, Any]]:
         )
         if head.weight.shape[0] != len(head.labels) or told["activation"] not in ("softmax", "sigmoid"):
             raise ValueError(f"{len(head.labels)} labels, {head.weight.shape[0]} rows of weights")
-        return head, dict(told["base"])
+        base = dict(told["base"])
+        if not isinstance(base["model"], str) or not isinstance(base["identity"], dict):
+            raise ValueError("nothing tells the model of its vectors")
+        return head, base
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"-m {folder}: its head cannot be read: {one_line(str(error))}") from error

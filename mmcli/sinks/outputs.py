@@ -170,7 +170,7 @@ def _unfinished_output(place: Place) -> OutputInfo | None:
         return None
     parts = [p for p in read_parts(place.staging) if p.fingerprint == run["fingerprint"]]
     rows = parts[-1].stop if parts else 0
-    metadata = {**run["metadata"], "errors": dict(sorted(total_errors(parts).items())), "rows": rows}
+    metadata = {**run["job"], **run["metadata"], "errors": dict(sorted(total_errors(parts).items())), "rows": rows}
     return OutputInfo(place.out, run["format"], False, rows, decode_schema(run), metadata)
 
 

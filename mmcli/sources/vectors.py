@@ -56,6 +56,8 @@ class VectorSource:
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"cannot read {self._name}: {one_line(str(error))}") from error
         self._names = _read_columns(schema, columns, self._name)
+        # Of rows with several media: `text_embedding` is of the text.
+        self._slot = next((one for one in MODALITIES if columns.vector == f"{one}_embedding"), None)
         self.keep = pa.schema([schema.field(old).with_name(new) for new, old in self._kept(schema.names)])
         self.embedding_size = self._size(schema.field(columns.vector).type)
 
@@ -120,7 +122,7 @@ class VectorSource:
         errors |= _errors(cells)
         rows = zip(ids, paths, modalities, keep, strict=True)
         for index, (name, path, modality, values) in enumerate(rows):
-            media = (Media(modality if modality in MODALITIES else None),)
+            media = (Media(modality if modality in MODALITIES else self._slot),)
             record = Record(first + index, name, path, media, values, (vectors[index],))
             if index in errors:
                 # Its medium stays: it says what the vector was to be of.

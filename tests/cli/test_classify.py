@@ -99,7 +99,108 @@ def test_kept_labels_give_the_same_rows(cli: Cli, animals: Path, tmp_path: Path)
     assert texts == [{name, f"{name}!"} for name in ("cat", "dog", "bird")]
 
 
+def test_other_vectors_of_labels_are_another_job(cli: Cli, animals: Path, tmp_path: Path) -> None:
+    """Kept vectors of the same labels, made with other texts: rows would differ, so they are not mixed."""
+    out, kept = tmp_path / "out.parquet", tmp_path / "labels.parquet"
+    common = ("classify", animals, "--text-column", "text", "-m", "fake:16")
+    made = ("--labels", "cat,dog,bird", "--save-labels", kept)
+    assert cli(*common, *made, "--templates", "none").code == 0
+    assert cli(*common, "--labels-file", kept, "-o", out).code == 0
+    assert cli(*common, *made, "--template", "a {}!").code == 0
+    done = cli(*common, "--labels-file", kept, "-o", out)
+    assert (done.code, "model.head.weights" in done.err) == (6, True)
+
+
+def test_a_complete_output_still_keeps_what_is_asked(cli: Cli, animals: Path, tmp_path: Path) -> None:
+    out, kept, head = tmp_path / "out.parquet", tmp_path / "labels.parquet", tmp_path / "head"
+    common = ("classify", animals, "--text-column", "text", *PLAIN, "--labels", "cat,dog,bird", "-o", out)
+    assert cli(*common).code == 0
+    done = cli(*common, "--save-labels", kept, "--save-head", head)
+    assert done.code == 0, done.err
+    assert "is complete already" in done.err
+    assert pq.read_table(kept).column("label").to_pylist() == ["cat", "dog", "bird"]
+    assert rows(cli("classify", animals, "--text-column", "text", "-m", head).out)[0]["label"] == "dog"
+
+
 # -------------------------------------------------------------------------------------------- vectors
+
+
+@pytest.fixture
+def embedded(cli: Cli, animals: Path, tmp_path: Path) -> Path:
+    """An output of embed: a folder of parts, with the true labels."""
+    done = cli(
+        "embed", animals, "--text-column", "text", "-m", "fake:16", "--keep", "truth", "-o", f"{tmp_path}/v/"
+    )
+    assert done.code == 0, done.err
+    return tmp_path / "v"
+
+
+def test_a_folder_of_vectors_is_input_and_examples(cli: Cli, embedded: Path, animals: Path, tmp_path: Path) -> None:
+    common = ("--examples", embedded, "--label-column", "truth")
+    done = cli("classify", embedded, *common)
+    assert done.code == 0, done.err
+    assert [row["label"] for row in rows(done.out)] == ["dog!", "cat!", "bird!", "cat!", "dog!"]
+    media = cli("classify", animals, "--text-column", "text", "-m", "fake:16", *common)
+    assert [row["label"] for row in rows(media.out)] == ["dog!", "cat!", "bird!", "cat!", "dog!"]
+
+
+def test_a_head_needs_no_model_beside_vectors(cli: Cli, embedded: Path, animals: Path, tmp_path: Path) -> None:
+    head = tmp_path / "head"
+    made = cli("classify", embedded, "--examples", embedded, "--label-column", "truth", "--save-head", head)
+    assert made.code == 0, made.err
+    again = cli("classify", embedded, "-m", head)
+    assert (again.code, again.out) == (0, made.out)
+    media = cli("classify", animals, "--text-column", "text", "-m", head)
+    assert media.code == 2
+    assert "this head was made of vectors, without their model" in media.err
+    other = cli("embed", animals, "--text-column", "text", "-m", "fake:8", "-o", tmp_path / "other.parquet")
+    assert other.code == 0
+    refused = cli("classify", tmp_path / "other.parquet", "-m", head)
+    assert refused.code == 2
+    assert "INPUT: its vectors" in refused.err
+
+
+def test_vectors_of_unlike_lengths_do_not_meet_in_a_probe(cli: Cli, sample_data: Path, tmp_path: Path) -> None:
+    """A probe reads lengths where a model's vectors have any: unit vectors are then other inputs."""
+    model = sample_data / "models" / "clip"
+    for name, flag in (("unit", "--normalize"), ("long", "--no-normalize")):
+        assert cli("embed", sample_data / "images.jsonl", "--image-column", "image", "--keep", "label", "-m", model,
+                   flag, "-o", tmp_path / f"{name}.parquet").code == 0  # fmt: skip
+    unit, long = tmp_path / "unit.parquet", tmp_path / "long.parquet"
+    done = cli("classify", long, "--examples", unit, "--method", "probe")
+    assert done.code == 2
+    assert "--examples: their vectors were divided by their length" in done.err
+    assert cli("classify", long, "--examples", unit, "--method", "mean").code == 0
+    assert cli("classify", unit, "--examples", unit, "--method", "probe").code == 0
+
+
+@pytest.mark.parametrize("name", ["v.parquet", "v/"])
+def test_an_unfinished_output_of_embed(cli: Cli, tmp_path: Path, name: str) -> None:
+    """One row is damaged, which ends the run behind the first of its parts."""
+    texts, out = tmp_path / "texts.csv", f"{tmp_path}/{name}"
+    texts.write_text("text\n" + "a\n" * 40 + '""\n' + "b\n" * 9)
+    slow = ("--part-rows", 1, "--batch-size", 1, "--on-error", "fail")
+    assert cli("embed", texts, "--text-column", "text", "-m", "fake:16", "-o", out, *slow).code == 4
+    done = cli("classify", out, "-m", "fake:16", "--labels", "a,b")
+    assert done.code == 2
+    assert "is not complete; finish its run first" in done.err
+
+
+def test_vectors_of_one_of_several_media(cli: Cli, sample_data: Path, tmp_path: Path) -> None:
+    pairs, vectors = tmp_path / "pairs.csv", tmp_path / "v.parquet"
+    names = sorted(path for path in (sample_data / "images").iterdir() if path.suffix == ".png")[:3]
+    pairs.write_text("image,text\n" + "".join(f"{name},red {name.stem}\n" for name in names))
+    model = sample_data / "models" / "clip"
+    labels = ("-m", model, "--labels", "red,blue")
+    columns = ("--image-column", "image", "--text-column", "text")
+    assert cli("embed", pairs, *columns, "-m", model, "-o", vectors).code == 0
+    refused = cli("classify", vectors, *labels)
+    assert "add --vector-column, one of image_embedding, text_embedding" in refused.err
+    both = rows(cli("classify", pairs, *columns, *labels).out)
+    for kind in ("image", "text"):
+        one = rows(cli("classify", vectors, *labels, "--vector-column", f"{kind}_embedding").out)
+        assert {row["modality"] for row in one} == {kind}
+        assert [row["score"] for row in one] == pytest.approx([row[f"{kind}_score"] for row in both], abs=1e-5)
 
 
 def test_vectors_give_the_rows_that_media_give(cli: Cli, sample_data: Path, tmp_path: Path) -> None:
@@ -191,7 +292,8 @@ def test_examples_in_folders_and_a_kept_head(cli: Cli, animals: Path, tmp_path: 
 @pytest.mark.parametrize("method", ["mean", "probe", "tip-adapter"])
 def test_methods(cli: Cli, animals: Path, tmp_path: Path, method: str) -> None:
     folder = solved_texts(tmp_path / "solved")
-    done = cli("classify", animals, "--text-column", "text", *PLAIN, "--examples", folder, "--method", method)
+    model = PLAIN if method == "tip-adapter" else PLAIN[:2]
+    done = cli("classify", animals, "--text-column", "text", *model, "--examples", folder, "--method", method)
     assert done.code == 0, done.err
     found = rows(done.out)
     assert [row["label"] for row in found if row["id"][-1] in "0134"] == ["dog", "cat", "cat", "dog"]
@@ -200,7 +302,7 @@ def test_methods(cli: Cli, animals: Path, tmp_path: Path, method: str) -> None:
 def test_bad_examples(cli: Cli, animals: Path, tmp_path: Path) -> None:
     folder = solved_texts(tmp_path / "solved")
     (folder / "cat" / "2.txt").write_bytes(b"\xff\xfe\xff")
-    common = ("classify", animals, "--text-column", "text", *PLAIN, "--examples", folder)
+    common = ("classify", animals, "--text-column", "text", "-m", "fake:16", "--examples", folder)
     done = cli(*common)
     assert done.code == 0, done.err
     assert "1 of 3 examples cannot be used: cat/2.txt: corrupt" in done.err
@@ -219,7 +321,7 @@ def test_another_label_of_an_example_is_another_job(cli: Cli, animals: Path, tmp
     train = tmp_path / "train.csv"
     train.write_text("text,label\ncat,cat\ndog,dog\n")
     out = tmp_path / "out.parquet"
-    common = ("classify", animals, "--text-column", "text", *PLAIN, "--examples", train, "-o", out)
+    common = ("classify", animals, "--text-column", "text", "-m", "fake:16", "--examples", train, "-o", out)
     assert cli(*common).code == 0
     train.write_text("text,label\ncat,dog\ndog,cat\n")
     done = cli(*common)
@@ -310,7 +412,7 @@ KINDS = {
 
 # --------------------------------------------------------------------------------------------- mistakes
 
-IMAGES, CLIP = "sample_data/images", "sample_data/models/clip"
+IMAGES, CLIP, VQA = "sample_data/images", "sample_data/models/clip", "sample_data/models/vqa"
 
 
 @pytest.mark.parametrize(
@@ -329,6 +431,13 @@ IMAGES, CLIP = "sample_data/images", "sample_data/models/clip"
         (["-m", CLIP, "--labels", "a,b", "--save-labels", "x.json"], ["name it x.parquet"]),
         (["-m", CLIP, "--labels", "a,b", "--save-head", "sample_data"], ["there is something else already"]),
         (["-m", CLIP, "--examples", IMAGES], ["has no folders; give it one for each label"]),
+        (["-m", CLIP, "--labels", "a,b", "--save-labels", "x/y.parquet"], ["there is no folder"]),
+        (["-m", CLIP, "--labels", "a,b", "--tip-beta", "3"], ["--tip-beta goes with --examples and --method tip"]),
+        (["-m", CLIP, "--labels", "a,b", "--label-column", "x"], ["--label-column x: there are no --examples"]),
+        (["-m", CLIP, "--labels", "a,b", "--vector-column", "v", "--image-column", "x"], ["exclude one another"]),
+        (["-m", VQA, "--labels", "a,b", "--save-labels", "x.parquet"], ["compares no vectors"]),
+        (["-m", VQA, "--labels", "a,b", "--question", "{x}?"], ["{x} is no variable of it"]),
+        (["-m", VQA, "--labels", "a,b", "--template", "{}"], ["say it with --question"]),
         (["-m", "sample_data/models/captioner", "--labels", "a,b"], ["it writes captions (mmcli caption)"]),
         (["--labels", "a,b"], ["no model given; add -m MODEL"]),
         (
