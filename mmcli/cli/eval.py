@@ -421,7 +421,8 @@ def _open(path: str) -> Table:
             yield {name: batch.column(name) for name in columns}
 
     expected = (info.job["inputs"] or {}).get("rows")
-    notes = [] if info.complete else [f"the run is not finished: {info.rows:,} of {expected} rows are there"]
+    total = f" of {expected:,}" if isinstance(expected, int) else ""
+    notes = [] if info.complete else [f"the run is not finished: {info.rows:,}{total} rows are there"]
     found = Table(path, arrow_columns(info.schema), read, job=info.job, notes=notes)
     return found
 

@@ -392,14 +392,14 @@ def test_names_are_untrusted(cli: Cli, tmp_path: Path) -> None:
 
 def test_an_unfinished_run(cli: Cli, tmp_path: Path) -> None:
     """What is there is measured, and the report says that it is not all."""
-    rows = manifest(tmp_path / "m.csv", 300, r200="nan")
+    rows = manifest(tmp_path / "m.csv", 5000, r200="nan")
     out = tmp_path / "o.parquet"
     run = ("--part-rows", 20, "--max-errors", 0, "--batch-size", 8, "--keep", "text")
-    assert cli("embed", rows, "-m", "fake:4", "-o", out, *run).code == 4
+    assert cli("embed", rows, "-m", "fake:4,obey", "-o", out, *run).code == 4
     assert not out.exists()
     found = report(cli, out, "--truth", "text", "--metrics", "classification", "--column", "modality")
-    assert 0 < found["rows"]["rows"] < 300
-    assert found["notes"][0] == f"the run is not finished: {found['rows']['rows']} of 300 rows are there"
+    assert 0 < found["rows"]["rows"] < 5000
+    assert found["notes"][0] == f"the run is not finished: {found['rows']['rows']} of 5,000 rows are there"
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------

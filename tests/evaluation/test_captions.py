@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sacrebleu
 from evaluation_scores import NO_INTERVALS, by_name, of_answered
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli.evaluation.bootstrap import Resampling
@@ -73,6 +73,7 @@ sentence = st.lists(words, min_size=1, max_size=9).map(" ".join)
 corpus = st.lists(st.tuples(sentence, st.lists(sentence, min_size=1, max_size=4)), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(corpus)
 def test_bleu_is_that_of_sacrebleu(rows: list[tuple[str, list[str]]]) -> None:
     found = values([caption for caption, _ in rows], [refs for _, refs in rows])
@@ -85,6 +86,7 @@ def test_bleu_is_that_of_sacrebleu(rows: list[tuple[str, list[str]]]) -> None:
         assert found[order - 1] == pytest.approx(theirs, abs=0.032 if theirs == 0 else 1e-7)
 
 
+@settings(deadline=None)
 @given(corpus, st.randoms())
 def test_the_order_of_references_is_nothing(rows: list[tuple[str, list[str]]], random: object) -> None:
     captions, references = [c for c, _ in rows], [refs for _, refs in rows]
@@ -92,6 +94,7 @@ def test_the_order_of_references_is_nothing(rows: list[tuple[str, list[str]]], r
     assert values(list(captions), references) == pytest.approx(values(list(captions), turned), abs=1e-12)
 
 
+@settings(deadline=None)
 @given(corpus, st.data())
 def test_weights_are_repeated_rows(rows: list[tuple[str, list[str]]], data: st.DataObject) -> None:
     """A resample's BLEU and ROUGE-L are those of its rows; CIDEr keeps its document frequencies."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_scores import NO_INTERVALS, by_name, of_answered
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
@@ -23,6 +23,7 @@ def found(rows: Predictions) -> dict[str, float | None]:
     return by_name(evaluate(rows, NO_INTERVALS)[0])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(classes, st.none() | classes), min_size=1, max_size=40))
 def test_as_scikit_learn(pairs: list[tuple[str, str | None]]) -> None:
     truth, labels = [t for t, _ in pairs], [p for _, p in pairs]
@@ -153,6 +154,7 @@ def test_many_classes_have_no_matrix() -> None:
 several = st.frozensets(st.sampled_from("abcde"), max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(several, st.none() | several), min_size=1, max_size=30))
 def test_several_classes_as_scikit_learn(pairs: list[tuple[frozenset[str], frozenset[str] | None]]) -> None:
     truth, labels = [sorted(t) for t, _ in pairs], [None if p is None else sorted(p) for _, p in pairs]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_scores import NO_INTERVALS, by_name, of_answered
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli.evaluation import retrieval
@@ -36,6 +36,7 @@ def plain_ranks(left: np.ndarray, right: np.ndarray, keys: np.ndarray, right_key
     return found
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 30), st.integers(1, 5), st.integers(1, 40))
 def test_as_a_plain_count(seed: int, images: int, captions: int, block_rows: int) -> None:
     rng = np.random.default_rng(seed)

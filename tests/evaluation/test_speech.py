@@ -5,7 +5,7 @@ from __future__ import annotations
 import jiwer
 import pytest
 from evaluation_scores import NO_INTERVALS, by_name, of_answered
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli.evaluation.bootstrap import Resampling
@@ -17,6 +17,7 @@ sentence = st.lists(st.sampled_from(["ask", "not", "what", "your", "country", "c
 spoken = sentence.filter(bool)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(spoken, sentence), min_size=1, max_size=12))
 def test_as_jiwer(pairs: list[tuple[str, str]]) -> None:
     true, heard = [t for t, _ in pairs], [h for _, h in pairs]
