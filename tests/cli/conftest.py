@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from cli_runs import Cli, Ended
 
 from mmcli.cli.boundary import run
+
+# The tiny checkpoints that tests of models are made with.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "models"))
 
 
 @pytest.fixture(autouse=True)
