@@ -15,6 +15,7 @@ from mmcli.cli.classify import classify
 from mmcli.cli.command import Command
 from mmcli.cli.embed import embed
 from mmcli.cli.eval import evaluate
+from mmcli.cli.finetune import finetune
 from mmcli.cli.inspect import inspect
 from mmcli.core.errors import ConfigError, ExitCode, Stopped, one_line
 
@@ -36,6 +37,7 @@ COMMANDS = {
     "ask": (ask, "Answers to questions about every input."),
     "classify": (classify, "The label of every input."),
     "eval": (evaluate, "How right predictions are."),
+    "finetune": (finetune, "A model that learns from solved rows."),
     "inspect": (inspect, "What an output holds."),
 }
 for _name, (_function, _line) in COMMANDS.items():

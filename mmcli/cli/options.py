@@ -19,6 +19,7 @@ import typer
 
 INPUTS, MODEL, EMBEDDING, QUESTIONS, GENERATION = "Inputs", "Model", "Embedding", "Questions", "Generation"
 LABELS, EXAMPLES = "Labels", "Examples"
+TRAINING, OPTIMIZATION = "Training", "Optimization"
 ENDPOINT, OUTPUT, RUN, MESSAGES = "Endpoint", "Output", "Run", "Messages"
 
 
@@ -518,6 +519,141 @@ class RunArguments:
     part_seconds: Annotated[str, _option(RUN, "--part-seconds", "TIME", "Commit after so long at the latest.")] = (
         "30s"
     )
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """What is learned, and from what."""
+
+    objective: Annotated[
+        str, _option(TRAINING, "--objective", "NAME", "What is learned: classify, of one modality.")
+    ] = "classify"
+    val: Annotated[
+        list[str] | None,
+        _option(TRAINING, "--val", "INPUT", "Rows to measure on, as INPUT. Repeatable. Required."),
+    ] = None
+    label_column: Annotated[
+        str,
+        _option(TRAINING, "--label-column", "COLUMN", "Column of manifests with labels; of folders, their names."),
+    ] = "label"
+    modality: Annotated[
+        str | None,
+        _option(TRAINING, "--modality", "NAME", "What the base is to learn, where it could learn several."),
+    ] = None
+    from_config: Annotated[
+        bool, _option(TRAINING, "--from-config", None, "Begin with random weights, of the base's architecture.")
+    ] = False
+    freeze: Annotated[
+        list[str] | None,
+        _option(TRAINING, "--freeze", "PART", "Weights whose names begin so stay as they are. Repeatable."),
+    ] = None
+    balance: Annotated[
+        bool, _option(TRAINING, "--balance", None, "Draw rows so that all classes come equally often.")
+    ] = False
+    augment: Annotated[
+        str,
+        _option(
+            TRAINING, "--augment", "NAME", "Change inputs at random: none, flip (pictures), crop, noise (sounds)."
+        ),
+    ] = "none"
+    missing_policy: Annotated[
+        str,
+        _option(
+            TRAINING,
+            "--missing-policy",
+            "WHAT",
+            "Rows that cannot be read: error ends the run, drop leaves them out.",
+        ),
+    ] = "error"
+    preflight: Annotated[
+        bool, _option(TRAINING, "--preflight/--no-preflight", None, "Read every row before the first step.")
+    ] = True
+
+
+@dataclass(frozen=True)
+class OptimizationArguments:
+    """How weights are changed."""
+
+    epochs: Annotated[str, _option(OPTIMIZATION, "--epochs", "N", "Passes over the training rows.")] = "3"
+    max_steps: Annotated[str | None, _option(OPTIMIZATION, "--max-steps", "N", "Optimizer steps at most.")] = None
+    batch_size: Annotated[str, _option(OPTIMIZATION, "--batch-size", "N", "Rows of an optimizer step.")] = "32"
+    gradient_accumulation_steps: Annotated[
+        str,
+        _option(
+            OPTIMIZATION,
+            "--gradient-accumulation-steps",
+            "N",
+            "Compute a batch in N pieces, which need less memory; its gradients are the same.",
+        ),
+    ] = "1"
+    learning_rate: Annotated[
+        str, _option(OPTIMIZATION, "--learning-rate", "RATE", "The highest learning rate.")
+    ] = "5e-5"
+    head_lr_multiplier: Annotated[
+        str, _option(OPTIMIZATION, "--head-lr-multiplier", "X", "New weights learn so much faster.")
+    ] = "10"
+    optimizer: Annotated[str, _option(OPTIMIZATION, "--optimizer", "NAME", "adamw, adam or sgd.")] = "adamw"
+    weight_decay: Annotated[
+        str,
+        _option(OPTIMIZATION, "--weight-decay", "X", "Not of norms, biases, embeddings and logit scales."),
+    ] = "0.01"
+    schedule: Annotated[
+        str, _option(OPTIMIZATION, "--schedule", "NAME", "How the rate falls: cosine, linear or constant.")
+    ] = "cosine"
+    warmup: Annotated[
+        str, _option(OPTIMIZATION, "--warmup", "SHARE", "Share of all steps in which the rate rises.")
+    ] = "0.1"
+    max_grad_norm: Annotated[
+        str, _option(OPTIMIZATION, "--max-grad-norm", "X", "Gradients are scaled down to this norm; 0: never.")
+    ] = "1"
+    label_smoothing: Annotated[
+        str, _option(OPTIMIZATION, "--label-smoothing", "SHARE", "Share of the target spread over all classes.")
+    ] = "0"
+    precision: Annotated[
+        str, _option(OPTIMIZATION, "--precision", "NAME", "Of activations: fp32, bf16, or fp16 on a GPU.")
+    ] = "fp32"
+    gradient_checkpointing: Annotated[
+        bool, _option(OPTIMIZATION, "--gradient-checkpointing", None, "Less memory, a third more time.")
+    ] = False
+    ema: Annotated[
+        str | None,
+        _option(OPTIMIZATION, "--ema", "DECAY", "Measure and save a moving average of the weights, e.g. 0.999."),
+    ] = None
+    early_stopping: Annotated[
+        str | None,
+        _option(OPTIMIZATION, "--early-stopping", "N", "Stop after N evaluations without a better metric."),
+    ] = None
+    eval_steps: Annotated[
+        str | None, _option(OPTIMIZATION, "--eval-steps", "N", "Evaluate every N steps [after each epoch].")
+    ] = None
+    metric: Annotated[
+        str | None, _option(OPTIMIZATION, "--metric", "NAME", "What the best is chosen by [accuracy].")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TrainingRunArguments:
+    """Where a training run is kept, and how it runs; none of these changes a weight (but the seed)."""
+
+    output: Annotated[
+        str | None, _option(OUTPUT, "-o --output", "RUN", "A folder; RUN/best is the model. Required.")
+    ] = None
+    overwrite: Annotated[bool, _option(OUTPUT, "--overwrite", None, "Begin anew, without what is there.")] = False
+    num_workers: Annotated[
+        str, _option(RUN, "--num-workers", "N", "Processes that read rows; 0: none beside this one.")
+    ] = "auto"
+    timeout: Annotated[
+        str, _option(RUN, "--timeout", "TIME", "A row that takes longer to read, in the preflight, cannot be read.")
+    ] = "120s"
+    time_limit: Annotated[
+        str | None,
+        _option(RUN, "--time-limit", "TIME", "Stop after 90s, 30m or 8h; the same command goes on; exit 75."),
+    ] = None
+    checkpoint_time: Annotated[
+        str,
+        _option(RUN, "--checkpoint-time", "TIME", "Time between checkpoints; there is one after each evaluation."),
+    ] = "10m"
+    seed: Annotated[str, _option(RUN, "--seed", "N", "Seed of whatever is random.")] = "0"
 
 
 def _read_config(context: typer.Context, value: Path | None) -> Path | None:

@@ -1,0 +1,444 @@
+"""Strings -> a training run: rows with labels, the objective, its options; and the run's folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmcli import __version__
+from mmcli.cli import parse
+from mmcli.cli.boundary import guard
+from mmcli.cli.environment import prepare_environment
+from mmcli.cli.messages import Messages
+from mmcli.cli.options import (
+    InputArguments,
+    MessageArguments,
+    ModelArguments,
+    OptimizationArguments,
+    TrainingArguments,
+    TrainingRunArguments,
+)
+from mmcli.cli.parse import Problems
+from mmcli.cli.signals import Signals
+from mmcli.core.durable import make_folder, output_errors, read_json, remove, write_durably, write_json
+from mmcli.core.errors import ConfigError, ExitCode, StateMismatch
+from mmcli.core.job import Job, differences
+from mmcli.core.records import MODALITIES, Modality, Record
+
+if TYPE_CHECKING:
+    from mmcli.models.options import ModelOptions
+    from mmcli.training.classify import Classify
+    from mmcli.training.data import Row
+    from mmcli.training.loop import Trainer
+    from mmcli.training.options import TrainOptions
+
+RUN_FILE, CONFIG_FILE, CURVES_FILE = "run.json", "config.toml", "curves.png"
+_NAMED = 3
+
+
+@dataclass(slots=True)
+class Listed:
+    """Rows with their labels, before anything is opened. `digest`: over all of it."""
+
+    records: list[Record]
+    labels: list[str]
+    digest: str
+    modalities: dict[Modality | None, int]
+
+
+@dataclass(slots=True)
+class Command:
+    """A checked command."""
+
+    train: Listed
+    val: Listed
+    objective: Classify
+    options: TrainOptions
+    job: Job
+    run: Path
+    num_workers: int
+    timeout_s: float
+    checkpoint_s: float
+    time_limit_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The options of a command."""
+
+    inputs: InputArguments
+    model: ModelArguments
+    training: TrainingArguments
+    optimization: OptimizationArguments
+    run: TrainingRunArguments
+    messages: MessageArguments
+
+
+def execute_training(
+    inputs: InputArguments,
+    model: ModelArguments,
+    training: TrainingArguments,
+    optimization: OptimizationArguments,
+    run: TrainingRunArguments,
+    messages: MessageArguments,
+) -> int:
+    """Check the whole command, then run it. Says how it ended, and returns the exit code."""
+    given = Given(inputs, model, training, optimization, run, messages)
+    prepare_environment(offline=model.offline, debug=messages.debug, log_file=messages.log_file)
+    told = Messages(quiet=messages.quiet, log_file=messages.log_file)
+    signals = Signals()
+    with signals.catching():
+        return guard(lambda: _execute(given, told, signals), debug=messages.debug).exit_code
+
+
+def _execute(given: Given, messages: Messages, signals: Signals) -> int:
+    from mmcli.sinks.lock import Lock
+
+    with signals.heard():
+        command = _check(given, messages)
+    run = command.run
+    with output_errors(run):
+        make_folder(run)
+    lock = Lock([run])
+    lock.acquire()
+    try:
+        if _is_complete(command, given.run.overwrite, messages):
+            return ExitCode.OK
+        _train(given, command, messages, signals)
+    finally:
+        lock.release()
+    return ExitCode.OK
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
+def _check(given: Given, messages: Messages) -> Command:
+    """All problems together; no weight is loaded and no row opened. Raises ConfigError."""
+    problems = Problems()
+    options = _options(given, problems)
+    run = _run_folder(given.run, problems)
+    timeout_s = problems.collect(parse.duration, "--timeout", given.run.timeout)
+    checkpoint_s = problems.collect(parse.duration, "--checkpoint-time", given.run.checkpoint_time)
+    limit = given.run.time_limit
+    time_limit_s = problems.collect(parse.duration, "--time-limit", limit) if limit else None
+    workers = problems.collect(parse.count_or_auto, "--num-workers", given.run.num_workers, 0)
+    train = problems.collect(_listed, given, tuple(given.inputs.inputs or ()), "INPUT")
+    if not given.training.val:
+        problems.add("no validation rows given; add --val, a folder or manifest like INPUT")
+        val = None
+    else:
+        val = problems.collect(_listed, given, tuple(given.training.val), "--val")
+    labels = _labels(train, val, messages, problems)
+    model = _model_options(given, problems)
+    objective = None
+    if model is not None and train is not None and labels and options is not None:
+        objective = problems.collect(_objective, given, model, labels, train, options)
+    problems.check()
+    assert train is not None
+    assert val is not None
+    assert options is not None
+    assert objective is not None
+    assert run is not None
+    told = {**options.describe(), "objective": given.training.objective, "from_config": given.training.from_config}
+    told |= {"missing_policy": given.training.missing_policy}
+    inputs = {"train": train.digest, "val": val.digest, "rows": len(train.records), "val_rows": len(val.records)}
+    job = Job("finetune", objective.plan.describe(), told, inputs)
+    automatic = max(1, min(8, parse.available_cores()))
+    return Command(
+        train, val, objective, options, job, run,
+        automatic if workers is None else workers, timeout_s or 0.0, checkpoint_s or 0.0, time_limit_s,
+    )  # fmt: skip
+
+
+def _run_folder(run: TrainingRunArguments, problems: Problems) -> Path | None:
+    if run.output is None:
+        problems.add("no folder for the run given; add -o run/")
+        return None
+    folder = Path(run.output)
+    if folder.exists() and not folder.is_dir():
+        problems.add(f"-o {folder}: a file is there; a run is a folder")
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+        there = {one.name for one in folder.iterdir()} - {"lock"}
+        if there:
+            problems.add(f"-o {folder}: it holds other things ({sorted(there)[0]}); give a new folder")
+    elif not folder.absolute().parent.is_dir():
+        problems.add(f"-o {folder}: there is no folder {folder.absolute().parent}")
+    return folder
+
+
+def _options(given: Given, problems: Problems) -> TrainOptions | None:
+    from mmcli.training.augment import AUGMENTS
+    from mmcli.training.optimizer import OPTIMIZERS, SCHEDULES
+    from mmcli.training.options import TrainOptions
+
+    asked, training, before = given.optimization, given.training, len(problems.lines)
+    problems.collect(parse.choice, "--objective", training.objective, ("classify",))
+    problems.collect(parse.choice, "--missing-policy", training.missing_policy, ("error", "drop"))
+    if training.modality is not None:
+        problems.collect(parse.choice, "--modality", training.modality, MODALITIES)
+    batch_size = problems.collect(parse.number, "--batch-size", asked.batch_size, 1)
+    pieces = problems.collect(parse.number, "--gradient-accumulation-steps", asked.gradient_accumulation_steps, 1)
+    if batch_size is not None and pieces is not None and pieces > batch_size:
+        problems.add(f"--gradient-accumulation-steps {pieces}: a batch has {batch_size} rows")
+    limit = problems.collect(parse.decimal, "--max-grad-norm", asked.max_grad_norm)
+    values: dict[str, Any] = {
+        "epochs": problems.collect(parse.number, "--epochs", asked.epochs, 1),
+        "max_steps": _optional(problems, parse.number, "--max-steps", asked.max_steps, 1),
+        "batch_size": batch_size,
+        "accumulation": pieces,
+        "learning_rate": problems.collect(parse.decimal, "--learning-rate", asked.learning_rate),
+        "head_lr": problems.collect(parse.decimal, "--head-lr-multiplier", asked.head_lr_multiplier),
+        "warmup": problems.collect(parse.share, "--warmup", asked.warmup),
+        "schedule": problems.collect(parse.choice, "--schedule", asked.schedule, SCHEDULES),
+        "optimizer": problems.collect(parse.choice, "--optimizer", asked.optimizer, OPTIMIZERS),
+        "weight_decay": problems.collect(parse.decimal, "--weight-decay", asked.weight_decay),
+        "max_grad_norm": limit or None,
+        "label_smoothing": problems.collect(parse.share, "--label-smoothing", asked.label_smoothing),
+        "precision": problems.collect(parse.choice, "--precision", asked.precision, ("fp32", "bf16", "fp16")),
+        "gradient_checkpointing": asked.gradient_checkpointing,
+        "freeze": parse.split_names(training.freeze),
+        "ema": _optional(problems, parse.share, "--ema", asked.ema),
+        "patience": _optional(problems, parse.number, "--early-stopping", asked.early_stopping, 1),
+        "eval_steps": _optional(problems, parse.number, "--eval-steps", asked.eval_steps, 1),
+        "balance": training.balance,
+        "augment": problems.collect(parse.choice, "--augment", training.augment, tuple(AUGMENTS)),
+        "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
+    }
+    return TrainOptions(**values) if len(problems.lines) == before else None
+
+
+def _optional(problems: Problems, function: Any, option: str, text: str | None, *more: Any) -> Any:
+    return None if text is None else problems.collect(function, option, text, *more)
+
+
+def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
+    from mmcli.cli.compose import Arguments
+    from mmcli.cli.options import OutputArguments, RunArguments
+    from mmcli.cli.planners import model_options
+
+    if given.model.dtype != "auto" or given.model.compile:
+        problems.add("--dtype and --compile are of other commands; weights are float32 here: --precision bf16")
+    arguments = Arguments(given.inputs, given.model, OutputArguments(), RunArguments(), given.messages)
+    return model_options(arguments, problems, "google/vit-base-patch16-224-in21k")
+
+
+def _objective(
+    given: Given, model: ModelOptions, labels: Sequence[str], train: Listed, options: TrainOptions
+) -> Classify:
+    from mmcli.models.checkpoint import open_checkpoint
+    from mmcli.models.device import check_device
+    from mmcli.training.classify import Classify, classification_plan
+
+    check_device(model.device)
+    checkpoint = open_checkpoint(model)
+    wanted = given.training.modality or _modality(train)
+    plan = classification_plan(checkpoint, model, labels, wanted)  # type: ignore[arg-type]
+    metric = given.optimization.metric or "accuracy"
+    parse.choice("--metric", metric, ("accuracy", "mean_per_class"))
+    return Classify(plan, options.label_smoothing, given.training.from_config, metric=metric)
+
+
+def _modality(listed: Listed) -> Modality | None:
+    """That of all rows, by their names or columns; None when it cannot be told."""
+    there = {modality for modality, count in listed.modalities.items() if count}
+    return next(iter(there)) if len(there) == 1 else None
+
+
+def _labels(train: Listed | None, val: Listed | None, messages: Messages, problems: Problems) -> tuple[str, ...]:
+    """The classes, in order. Problems are added: of one class, and of labels that only validation rows have."""
+    if train is None:
+        return ()
+    counts = Counter(train.labels)
+    if len(counts) < 2:
+        problems.add(f"INPUT: all rows have the label {train.labels[0]!r}; two are needed to tell them apart")
+    if val is not None and (unknown := sorted(set(val.labels) - set(counts))):
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        shown = ", ".join(map(repr, unknown[:_NAMED]))
+        problems.add(f"--val: no training row has the label {shown}{more}; nothing can be learned about it")
+    if alone := [name for name, count in counts.items() if count == 1]:
+        messages.note(f"{len(alone)} labels have one training row: {', '.join(alone[:_NAMED])}")
+    return tuple(sorted(counts))
+
+
+def _listed(given: Given, inputs: tuple[str, ...], what: str) -> Listed:
+    """The rows of some inputs. Raises ConfigError."""
+    from mmcli.cli.support import label_of
+    from mmcli.sources.open import SourceOptions, open_source
+
+    if not inputs:
+        raise ConfigError(f"no {what} given; a folder with a folder for each label, or a manifest")
+    asked, column = given.inputs, given.training.label_column
+    folders = [name for name in inputs if os.path.isdir(name)]
+    manifests = len(folders) < len(inputs)
+    if folders and manifests:
+        raise ConfigError(f"{what}: give folders or manifests, not both")
+    options = SourceOptions(
+        inputs=inputs,
+        glob=tuple(asked.glob or ()),
+        image_column=asked.image_column,
+        audio_column=asked.audio_column,
+        video_column=asked.video_column,
+        text_column=asked.text_column,
+        path_column=asked.path_column,
+        id_column=asked.id_column,
+        variables=(column,) if manifests else (),
+        variables_said=(f"--label-column {column}",) if manifests else (),
+        hidden=asked.hidden,
+        follow_symlinks=asked.follow_symlinks,
+        input_format=asked.input_format,
+    )
+    source = open_source(options)
+    with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:
+        snapshot = source.snapshot(Path(folder))
+        records = list(source.records())
+    labels = [label_of(record, "manifest" if manifests else "folder") for record in records]
+    bad = [record.id for record, label in zip(records, labels, strict=True) if label is None]
+    if not records:
+        raise ConfigError(f"{what}: there are no rows in {' '.join(inputs)}")
+    if bad:
+        why = f"have no {column!r}" if manifests else "lie in no label's folder"
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise ConfigError(f"{what}: {', '.join(bad[:_NAMED])}{more} {why}")
+    found = [str(label) for label in labels]
+    return Listed(records, found, f"{snapshot.digest}", dict(snapshot.modalities))
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def _is_complete(command: Command, overwrite: bool, messages: Messages) -> bool:
+    """Whether there is nothing to do; else the folder is made ready. Raises StateMismatch for another run's."""
+    run = command.run
+    known = read_json(run / RUN_FILE)
+    if known is not None and not overwrite:
+        if changed := differences(known["job"], command.job.to_dict()):
+            raise StateMismatch(
+                f"{run} is of another run: {'; '.join(changed[:8])}",
+                hint="give another -o, or --overwrite to begin anew",
+            )
+        if known.get("complete"):
+            messages.note(f"{run} is complete already: {known['metric']} {known['best']:.4f}; nothing to do")
+            return True
+        messages.note(f"going on with the run in {run}")
+        return False
+    with output_errors(run):
+        for one in run.iterdir():
+            if one.name != "lock":
+                remove(one)
+        write_json(run / RUN_FILE, {"job": command.job.to_dict(), "mmcli_version": __version__, "complete": False})
+    return False
+
+
+def _train(given: Given, command: Command, messages: Messages, signals: Signals) -> None:
+    import torch
+
+    from mmcli.models.device import choose_device
+    from mmcli.training.augment import AUGMENTS
+    from mmcli.training.data import Rows
+    from mmcli.training.log import draw_curves, read_metrics
+    from mmcli.training.loop import Data, Events, RunLimits, Trainer
+
+    with signals.heard():
+        train, val = _preflight(given, command, messages)
+        _write_config(given, command)
+    options, plan = command.options, command.objective.plan
+    augment = AUGMENTS[options.augment]
+    data = Data(Rows(train, plan, options.seed, augment), Rows(val, plan, options.seed))
+    stop: list[ExitCode] = []
+    limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
+    lines = _Lines(messages, command.objective.metric)
+    events = Events(lines, lambda: stop[0] if stop else None)
+    device = torch.device(choose_device(plan.device)[0])
+    trainer = Trainer(command.run, command.objective, data, options, limits, events, device)
+    with signals.asking(stop.append):
+        progress = trainer.train()
+    _finish(command, trainer, progress)
+    if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
+        messages.note("no curves.png: pip install matplotlib")
+    messages.note(
+        f"{command.run}/best: {command.objective.metric} {progress.best:.4f} at step {progress.best_step} of "
+        f"{progress.step}"
+    )
+
+
+def _finish(command: Command, trainer: Trainer, progress: Any) -> None:
+    told = {
+        "job": command.job.to_dict(),
+        "mmcli_version": __version__,
+        "complete": True,
+        "metric": command.objective.metric,
+        "best": progress.best,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+    }
+    write_json(command.run / RUN_FILE, told)
+
+
+def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list[Row], list[Row]]:
+    from mmcli.cli.preflight import Preflight
+    from mmcli.training.data import Row
+
+    index = {label: number for number, label in enumerate(command.objective.plan.labels)}
+
+    def rows(listed: Listed) -> list[Row]:
+        pairs = zip(listed.records, listed.labels, strict=True)
+        return [Row(r.id, r.media, index[label], ()) for r, label in pairs]
+
+    preflight = Preflight(command.objective.plan, command.num_workers, command.timeout_s, messages)
+    found = preflight.check(
+        {"INPUT": command.train.records, "--val": command.val.records},
+        read=given.training.preflight,
+        drop=given.training.missing_policy == "drop",
+    )
+    train, val = rows(command.train), rows(command.val)
+    return [train[n] for n in found["INPUT"]], [val[n] for n in found["--val"]]
+
+
+def _write_config(given: Given, command: Command) -> None:
+    """What was asked for, as a --config file that gives the same run."""
+    lines = [f"# mmcli finetune {' '.join(given.inputs.inputs or ())} --config {CONFIG_FILE}", ""]
+    groups = (given.inputs, given.model, given.training, given.optimization, given.run)
+    for group in groups:
+        for name in group.__dataclass_fields__:
+            value = getattr(group, name)
+            if name not in ("inputs", "overwrite") and value not in (None, [], ()):
+                lines.append(f"{name.replace('_', '-')} = {_toml(value)}")
+    text = "\n".join(lines) + "\n"
+    path = command.run / CONFIG_FILE
+    with output_errors(path):
+        write_durably(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    # Strings, lists of them and booleans are written alike in JSON and TOML.
+    return json.dumps(value if isinstance(value, bool | str | list) else str(value), ensure_ascii=False)
+
+
+class _Lines:
+    """What is said while a model learns: each evaluation, and a line now and then."""
+
+    def __init__(self, messages: Messages, metric: str) -> None:
+        import time
+
+        self._messages, self._metric, self._clock = messages, metric, time.monotonic
+        self._last, self._step = time.monotonic(), 0
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if "loss" in line:
+            if self._clock() - self._last < 10:
+                return
+            self._last = self._clock()
+        numbers = [
+            f"{name.replace('_', ' ')} {value:.4g}"
+            for name, value in line.items()
+            if name not in ("step", "epoch", "grad_norm")
+        ]
+        self._messages.note(f"step {line['step']}, epoch {line['epoch']:.2f}: {', '.join(numbers)}")

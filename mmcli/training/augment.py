@@ -1,0 +1,65 @@
+"""Random changes of decoded inputs; what is drawn follows from (seed, epoch, row)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mmcli.core.records import Audio, Modality, Payload, Video
+from mmcli.training.data import Augment
+
+# Sides of a crop, as a share of the picture's: those of Inception (Szegedy et al. 2015) begin at sqrt(0.08).
+_CROP = (0.6, 1.0)
+# Of noise beside a sound, in dB below its own level.
+_NOISE_DB = (20.0, 50.0)
+
+
+def flip(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
+    """Pictures and clips, mirrored left to right half of the time."""
+    if modality in ("image", "video") and generator.random() < 0.5:
+        return _pixels(payload, lambda pixels: np.ascontiguousarray(pixels[..., ::-1, :]))
+    return payload
+
+
+def crop(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
+    """As `flip`, and a part of the picture: each side 60 to 100 %."""
+    if modality not in ("image", "video"):
+        return payload
+    shares, places = generator.uniform(*_CROP, 2), generator.random(2)
+
+    def cut(pixels: np.ndarray) -> np.ndarray:
+        sides = [max(1, round(side * share)) for side, share in zip(pixels.shape[-3:-1], shares, strict=True)]
+        starts = [
+            int((whole - side) * place)
+            for whole, side, place in zip(pixels.shape[-3:-1], sides, places, strict=True)
+        ]
+        rows, columns = (slice(start, start + side) for start, side in zip(starts, sides, strict=True))
+        return np.ascontiguousarray(pixels[..., rows, columns, :])
+
+    return flip(modality, _pixels(payload, cut), generator)
+
+
+def noise(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
+    """Sounds, up to 6 dB louder or softer, moved by up to 50 ms, with white noise 20 to 50 dB below them."""
+    if not isinstance(payload, Audio):
+        return payload
+    gain, depth = generator.uniform(-6.0, 6.0), generator.uniform(*_NOISE_DB)
+    moved = int(generator.integers(0, payload.sampling_rate // 20 + 1))
+    waveform = np.concatenate([np.zeros(moved, np.float32), payload.waveform])
+    level = float(np.sqrt(np.mean(waveform**2))) * 10 ** (-depth / 20)
+    waveform = (waveform + level * generator.standard_normal(len(waveform), np.float32)) * np.float32(
+        10 ** (gain / 20)
+    )
+    return replace(payload, waveform=np.clip(waveform, -1, 1).astype(np.float32))
+
+
+def _pixels(payload: Payload, change: Any) -> Payload:
+    if isinstance(payload, Video):
+        return replace(payload, frames=change(payload.frames))
+    return change(payload)
+
+
+# --augment NAME -> what is done; None: nothing
+AUGMENTS: dict[str, Augment | None] = {"none": None, "flip": flip, "crop": crop, "noise": noise}

@@ -1,0 +1,103 @@
+"""Where a run is: everything that the next step depends on, in a folder that is whole or absent."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmcli.core.durable import output_errors, swap_folder
+from mmcli.core.errors import StateMismatch, one_line
+from mmcli.training.optimizer import MovingAverage
+
+_FILE = "state.pt"
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is.
+
+    step       optimizer steps so far; epoch, epoch_step: passes that are finished, and steps of the one that is not
+    best       the best value of the metric, and the step that it was measured at
+    worse      evaluations since then
+    evaluated  the step of the last evaluation
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    evaluated: int = -1
+
+
+@dataclass(slots=True)
+class Parts:
+    """What changes in training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None = None
+    scaler: Any = None
+
+
+def save_checkpoint(folder: Path, parts: Parts, progress: Progress) -> None:
+    """Replace the checkpoint in `folder`, all or nothing. Raises OutputError."""
+    # Dropout draws from torch's generator, some models from numpy's and Python's.
+    drawn = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": _numpy_state(),
+        "python": list(random.getstate()[1]),
+    }
+    state = {
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "average": parts.average.state if parts.average is not None else None,
+        "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
+        "progress": asdict(progress),
+        "generators": drawn,
+    }
+    with output_errors(folder):
+        swap_folder(folder, lambda target: torch.save(state, target / _FILE))
+
+
+def load_checkpoint(folder: Path, parts: Parts) -> Progress | None:
+    """Put the parts into the state of the checkpoint; None when there is none. Raises StateMismatch."""
+    old = folder.with_name(f".{folder.name}.old")
+    found = next((place for place in (folder, old) if (place / _FILE).is_file()), None)
+    if found is None:
+        return None
+    try:
+        state = torch.load(found / _FILE, map_location="cpu", weights_only=True)
+        parts.model.load_state_dict(state["model"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        if parts.average is not None:
+            for name, tensor in state["average"].items():
+                parts.average.state[name].copy_(tensor)
+        if parts.scaler is not None:
+            parts.scaler.load_state_dict(state["scaler"])
+        drawn = state["generators"]
+        torch.set_rng_state(drawn["torch"])
+        if drawn["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(drawn["cuda"])
+        name, keys, *rest = drawn["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        random.setstate((3, tuple(drawn["python"]), None))
+        return Progress(**state["progress"])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise StateMismatch(
+            f"the checkpoint in {found} cannot be read: {one_line(str(error))}",
+            hint="--overwrite begins anew",
+        ) from error
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state()
+    return [name, np.asarray(keys).tolist(), *rest]

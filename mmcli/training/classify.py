@@ -1,0 +1,214 @@
+"""The objective *classify* of one encoder: its own pooling, and a new classification head."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcli.core.errors import ConfigError, ModelError, one_line
+from mmcli.core.records import Modality, Sample
+from mmcli.models.checkpoint import PROCESSOR_FILES, Checkpoint
+from mmcli.models.classifier import AUTO, ClassifierHead, head_decode, head_inputs
+from mmcli.models.classifier_runner import head_tower
+from mmcli.models.options import ModelOptions, Ranking
+from mmcli.models.plan import ClassificationPlan
+from mmcli.models.runner import Batch, Collator
+from mmcli.training.data import Item
+from mmcli.training.objective import Backward
+
+
+@dataclass(slots=True)
+class Part:
+    """Inputs that share a batch, and which rows of the piece they are. `targets`: int64 [n]."""
+
+    batch: Batch
+    targets: torch.Tensor
+
+
+Piece = list[Part]
+
+
+def classification_plan(
+    checkpoint: Checkpoint, options: ModelOptions, labels: Sequence[str], wanted: Modality | None
+) -> ClassificationPlan:
+    """How a base takes inputs once it has a head for these labels.
+
+    wanted  the modality of the rows; None: the base's only one
+    Raises ConfigError for a base that transformers gives no classification head.
+    """
+    from transformers.models.auto import modeling_auto
+
+    kind = checkpoint.json("config.json").get("model_type")
+    heads: dict[Modality, ClassifierHead] = {}
+    for auto_class, table, modality in AUTO:
+        known = getattr(modeling_auto, table).get(kind)
+        if known:
+            heads[modality] = ClassifierHead(modality, auto_class, known if isinstance(known, str) else known[0])
+    if not heads:
+        raise ConfigError(f"-m {checkpoint.id}: transformers has no classification head for model type {kind!r}")
+    if wanted is None and len(heads) > 1:
+        raise ConfigError(f"-m {checkpoint.id}: it can learn {' or '.join(heads)}; name the column of one of them")
+    head = heads.get(wanted) if wanted is not None else next(iter(heads.values()))
+    if head is None:
+        raise ConfigError(f"-m {checkpoint.id}: a {kind} learns {', '.join(heads)}; the rows are {wanted}")
+    inputs = head_inputs(checkpoint, head)
+    return ClassificationPlan(
+        checkpoint=checkpoint,
+        family="classifier",
+        loader="mmcli.models.classifier_runner:load",
+        detail=head,
+        inputs=inputs,
+        decode=head_decode(checkpoint, options, inputs),
+        dtype="float32",
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        compile=False,
+        labels=tuple(labels),
+        ranking=Ranking(),
+    )
+
+
+@dataclass(slots=True)
+class Classify:
+    """See mmcli.training.objective.Objective. Loss: the mean cross-entropy of rows."""
+
+    plan: ClassificationPlan
+    label_smoothing: float = 0.0
+    from_config: bool = False
+    name: str = "classify"
+    metric: str = "accuracy"
+    _new: frozenset[str] = field(default=frozenset(), init=False)
+    _host: Collator | None = field(default=None, init=False)
+    _device: Collator | None = field(default=None, init=False)
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The base with a head for the labels. Raises ModelError."""
+        import transformers
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+        disable_progress_bar()
+        # It warns of the head that is new, as is the point.
+        set_verbosity_error()
+        plan, head = self.plan, self.plan.detail
+        names = dict(enumerate(plan.labels))
+        options = {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+            "problem_type": "single_label_classification",
+        }
+        auto = getattr(transformers, head.auto_class)
+        try:
+            if self.from_config:
+                config = transformers.AutoConfig.from_pretrained(plan.checkpoint.directory, **options)
+                model = auto.from_config(config, attn_implementation=plan.attn_implementation)
+            else:
+                plan.checkpoint.fetch_weights()
+                model, info = auto.from_pretrained(
+                    plan.checkpoint.directory,
+                    **options,
+                    ignore_mismatched_sizes=True,
+                    dtype=torch.float32,
+                    attn_implementation=plan.attn_implementation,
+                    use_safetensors=None if plan.checkpoint.allow_pickle else True,
+                    trust_remote_code=plan.checkpoint.trust_remote_code,
+                    output_loading_info=True,
+                )
+                mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+                self._new = frozenset([*info["missing_keys"], *mismatched])
+        except Exception as error:
+            raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
+        self._device = Collator(plan, device)
+        made: nn.Module = model.to(device)
+        return made
+
+    def new_weights(self) -> frozenset[str]:
+        """The head's."""
+        return self._new
+
+    def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
+        """Rows in `pieces` pieces of about equal size, each in as many batches as its shapes need."""
+        size = -(-len(items) // pieces)
+        return [self._piece(items[start : start + size]) for start in range(0, len(items), size)]
+
+    def _piece(self, items: Sequence[Item]) -> Piece:
+        if self._host is None:
+            self._host = Collator(self.plan, torch.device("cpu"))
+        groups: dict[Any, list[Item]] = {}
+        for item in items:
+            groups.setdefault(_group(item.samples[0]), []).append(item)
+        return [
+            Part(
+                self._host.collate([item.samples[0] for item in members]),
+                torch.tensor([item.target for item in members]),
+            )
+            for members in groups.values()
+        ]
+
+    def count(self, pieces: Sequence[Piece]) -> int:
+        """Rows."""
+        return sum(len(part.targets) for piece in pieces for part in piece)
+
+    def step(self, model: nn.Module, pieces: Sequence[Piece], total: float, backward: Backward) -> float:
+        """Piece by piece: each one's sum, divided by the rows of all."""
+        losses = []
+        for piece in pieces:
+            loss = torch.stack([self._loss(model, part, self.label_smoothing) for part in piece]).sum() / total
+            backward(loss)
+            losses.append(loss.detach())
+        return float(torch.stack(losses).sum())
+
+    def _logits(self, model: nn.Module, part: Part) -> torch.Tensor:
+        assert self._device is not None
+        return head_tower(model, self.plan.detail.modality)(self._device.to_device(part.batch)).flatten(1)
+
+    def _loss(self, model: nn.Module, part: Part, smoothing: float = 0.0) -> torch.Tensor:
+        targets = part.targets.to(self._logits_device)
+        logits = self._logits(model, part).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+
+    @property
+    def _logits_device(self) -> torch.device:
+        assert self._device is not None
+        return self._device.device
+
+    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+        """accuracy, mean_per_class (of classes that come) and loss."""
+        losses, right, classes = 0.0, [], []
+        for pieces in batches:
+            for part in (part for piece in pieces for part in piece):
+                logits = self._logits(model, part).float().cpu()
+                losses += float(nn.functional.cross_entropy(logits, part.targets, reduction="sum"))
+                right.append(logits.argmax(dim=-1) == part.targets)
+                classes.append(part.targets)
+        correct, targets = torch.cat(right).float(), torch.cat(classes)
+        per_class = [float(correct[targets == one].mean()) for one in sorted(set(targets.tolist()))]
+        return {
+            "accuracy": float(correct.mean()),
+            "mean_per_class": sum(per_class) / len(per_class),
+            "loss": losses / len(targets),
+        }
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """As save_pretrained does, with the base's processor files beside it."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+        copy_processor(self.plan.checkpoint, folder)
+
+
+def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
+    """The files that decide what a processor does, as they are in a checkpoint."""
+    for name in PROCESSOR_FILES:
+        file = checkpoint.directory / name
+        if file.is_file() and "/" not in name:
+            shutil.copyfile(file, folder / name)
+
+
+def _group(sample: Sample) -> Any:
+    """Samples that differ here cannot be stacked, or change one another: see Sample.group."""
+    return sample.modality, sample.group

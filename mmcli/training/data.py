@@ -1,0 +1,227 @@
+"""Rows -> model inputs in the workers of a torch DataLoader, the same ones whenever a run goes on.
+
+Which rows a step has, and how they are augmented, follow from (seed, epoch, row) alone: no state of a generator has
+to be kept for that, and any number of workers gives the same batches.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmcli.core.errors import MmcliError, ModelError, RowError
+from mmcli.core.protocols import ModelPlan
+from mmcli.core.records import Media, Modality, Payload, Sample
+
+# (epoch, row): what a worker needs to know to make an item.
+Key = tuple[int, int]
+# (modality, payload, generator) -> payload
+Augment = Callable[[Modality, Payload, np.random.Generator], Payload]
+
+
+@dataclass(slots=True)
+class Row:
+    """A row to learn from. `target`: what an objective makes of its label."""
+
+    id: str
+    media: tuple[Media, ...]
+    target: Any = None
+    variables: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True)
+class Item:
+    """A row that was decoded and processed."""
+
+    row: int
+    samples: tuple[Sample, ...]
+    target: Any
+
+
+class UnreadableRow(MmcliError):
+    """A row that could be read before the run, and cannot be now."""
+
+    exit_code = ModelError.exit_code
+
+
+class Rows(Dataset[Any]):
+    """Items by (epoch, row). A row that cannot be read comes as its RowError: raised where it is used."""
+
+    def __init__(self, rows: Sequence[Row], plan: ModelPlan, seed: int, augment: Augment | None = None) -> None:
+        self.rows, self._plan, self._seed, self._augment = rows, plan, seed, augment
+        self._decoder: Any = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> Item | tuple[int, RowError]:
+        epoch, index = key
+        if self._decoder is None:
+            self._open()
+        row = self.rows[index]
+        if self._processor is not None:
+            self._processor.generator = np.random.default_rng((self._seed, epoch, index))
+        outcomes = self._decoder.block(0, [(row.media, row.variables)]).outcomes[0]
+        for outcome in outcomes:
+            if isinstance(outcome, RowError):
+                return index, outcome
+        return Item(index, tuple(outcomes), row.target)
+
+    def _open(self) -> None:
+        """In the worker that needs it."""
+        from mmcli.media.worker import BlockDecoder
+
+        processor: Any = self._plan.open_processor()
+        self._processor = _Augmented(processor, self._augment) if self._augment is not None else None
+        self._decoder = BlockDecoder(self._processor or processor, self._plan.decode)
+
+    _processor: Any = None
+
+
+class _Augmented:
+    """A Processor whose payloads are augmented first."""
+
+    def __init__(self, processor: Any, augment: Augment) -> None:
+        self._processor, self._augment = processor, augment
+        self.generator = np.random.default_rng(0)
+        if hasattr(processor, "record"):
+            self.record = self._record
+
+    def __call__(self, modality: Modality, payload: Payload) -> Sample:
+        made: Sample = self._processor(modality, self._augment(modality, payload, self.generator))
+        return made
+
+    def _record(self, media: Sequence[tuple[Modality, Payload]], variables: Sequence[Any]) -> tuple[Sample, ...]:
+        changed = [
+            (modality, payload if payload is None else self._augment(modality, payload, self.generator))
+            for modality, payload in media
+        ]
+        made: tuple[Sample, ...] = self._processor.record(changed, variables)
+        return made
+
+
+class Batches(Sampler[list[Key]]):
+    """The rows of each step of an epoch: a permutation by (seed, epoch), cut into batches.
+
+    start    the first step
+    weights  rows are drawn with replacement by these, as many as there are; None: each comes once
+    rank, world  this process takes every `world`-th row of a batch; batches with fewer rows than processes are left
+                 out, as no process may be without one
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        weights: np.ndarray | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._rows, self._size, self._seed, self._weights = rows, batch_size, seed, weights
+        self._rank, self._world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self._rows, self._size)
+        return whole + (rest >= self._world)
+
+    def order(self) -> np.ndarray:
+        """Row numbers of the epoch, in order."""
+        generator = np.random.default_rng((self._seed, self.epoch, 7))
+        if self._weights is None:
+            return generator.permutation(self._rows)
+        return generator.choice(self._rows, self._rows, p=self._weights / self._weights.sum())
+
+    def batch(self, step: int) -> list[int]:
+        """The rows of a step, of all processes."""
+        found: list[int] = self.order()[step * self._size : (step + 1) * self._size].tolist()
+        return found
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = self.order()
+        for step in range(self.start, len(self)):
+            rows = order[step * self._size : (step + 1) * self._size]
+            yield [(self.epoch, int(row)) for row in rows[self._rank :: self._world]]
+
+
+class InOrder(Sampler[list[Key]]):
+    """All rows, in order, for evaluation."""
+
+    def __init__(self, rows: int, batch_size: int) -> None:
+        self._rows, self._size = rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-self._rows // self._size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, self._rows, self._size):
+            yield [(0, row) for row in range(start, min(start + self._size, self._rows))]
+
+
+class Collate(Protocol):
+    """Items -> what the main process gets; runs in the workers."""
+
+    def __call__(self, items: Sequence[Item]) -> Any: ...
+
+
+@dataclass(slots=True)
+class _Checked:
+    """Raises for a row that cannot be read, in the words of its error."""
+
+    rows: Rows
+    collate: Collate
+
+    def __call__(self, items: Sequence[Item | tuple[int, RowError]]) -> Any:
+        for item in items:
+            if isinstance(item, tuple):
+                row, error = item
+                # As a value: an exception of a worker arrives as the text of its traceback.
+                return UnreadableRow(f"{self.rows.rows[row].id}: {error.code}: {error.message}")
+        return self.collate(items)  # type: ignore[arg-type]
+
+
+def load(rows: Rows, batches: Sampler[list[Key]], collate: Collate, num_workers: int) -> Iterator[Any]:
+    """Collated batches, made by workers ahead of time. Raises UnreadableRow, ModelError for a worker that died."""
+    loader: DataLoader[Any] = DataLoader(
+        rows,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_Checked(rows, collate),
+        # Of its own: the global one is the model's (dropout), and belongs to the checkpoint.
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_init_worker,
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    try:
+        for found in loader:
+            if isinstance(found, UnreadableRow):
+                raise found
+            yield found
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ModelError(
+            f"a worker that reads rows died: {str(error).splitlines()[0]}",
+            hint="the same command goes on from the last checkpoint; --num-workers 1 needs less memory",
+        ) from error
+
+
+def _init_worker(number: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches all processes of a terminal; the main one decides what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def class_weights(targets: Sequence[int]) -> np.ndarray:
+    """float64 [N]: of each row 1 / how often its class comes."""
+    counts = np.bincount(targets)
+    weights: np.ndarray = 1.0 / counts[np.asarray(targets)]
+    return weights

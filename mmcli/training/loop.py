@@ -1,0 +1,282 @@
+"""The training loop: steps, evaluations, checkpoints, and going on exactly where a run was."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcli.core.durable import output_errors, remove, swap_folder
+from mmcli.core.errors import ExitCode, ModelError, Stopped, TryAgain
+from mmcli.training.checkpoints import Parts, Progress, load_checkpoint, save_checkpoint
+from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
+from mmcli.training.log import MetricsLog
+from mmcli.training.objective import Objective
+from mmcli.training.optimizer import MovingAverage, freeze, optimizer, rate
+from mmcli.training.options import TrainOptions
+
+CHECKPOINT, BEST, LAST = "checkpoint", "best", "last"
+# Steps between lines of the log; the first ones all stand there.
+LOG_STEPS = 10
+
+
+@dataclass(slots=True)
+class Events:
+    """How a run is watched and stopped.
+
+    told    called with each line of the log
+    stop    why to stop now; None: go on
+    """
+
+    told: Callable[[dict[str, Any]], None]
+    stop: Callable[[], ExitCode | None]
+
+
+@dataclass(slots=True)
+class Data:
+    """What is learned from, and what it is measured on."""
+
+    train: Rows
+    val: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """What changes no weight.
+
+    num_workers         processes that read rows
+    checkpoint_seconds  time between checkpoints; there is one after each evaluation, too
+    time_limit_s        stop after so long, and go on the next time
+    """
+
+    num_workers: int = 2
+    checkpoint_seconds: float = 600.0
+    time_limit_s: float | None = None
+
+
+@dataclass
+class Trainer:
+    """One run, in its folder."""
+
+    run: Path
+    objective: Objective
+    data: Data
+    options: TrainOptions
+    limits: RunLimits
+    events: Events
+    device: torch.device
+    progress: Progress = field(default_factory=Progress)
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOG_STEPS))
+
+    def train(self) -> Progress:
+        """Train to the end; returns how far it came. Raises Stopped, TryAgain, ModelError, UnreadableRow."""
+        torch.manual_seed(self.options.seed)
+        self._parts = self._make_parts()
+        self.progress = load_checkpoint(self.run / CHECKPOINT, self._parts) or Progress()
+        self._log = MetricsLog(self.run, self.progress.step)
+        self._began = self._saved = time.monotonic()
+        weights = class_weights([row.target for row in self.data.train.rows]) if self.options.balance else None
+        self._batches = Batches(len(self.data.train), self.options.batch_size, self.options.seed, weights)
+        try:
+            self._epochs()
+        finally:
+            self._log.close()
+        return self.progress
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        whole = len(self._batches) * self.options.epochs
+        return whole if self.options.max_steps is None else min(whole, self.options.max_steps)
+
+    def _make_parts(self) -> Parts:
+        model = self.objective.build(self.device)
+        freeze(model, self.options.freeze)
+        if self.options.gradient_checkpointing:
+            _checkpoint_gradients(model)
+        average = MovingAverage(model, self.options.ema) if self.options.ema is not None else None
+        scaler = torch.amp.grad_scaler.GradScaler(self.device.type) if self.options.precision == "fp16" else None
+        return Parts(model, optimizer(model, self.options, self.objective.new_weights()), average, scaler)
+
+    def _epochs(self) -> None:
+        while self.progress.step < self.steps and not self._gives_up:
+            self._batches.epoch, self._batches.start = self.progress.epoch, self.progress.epoch_step
+            self._epoch()
+            if self.progress.epoch_step >= len(self._batches):
+                self.progress.epoch, self.progress.epoch_step = self.progress.epoch + 1, 0
+                if self.options.eval_steps is None:
+                    self._evaluate()
+        if self.progress.evaluated != self.progress.step:
+            self._evaluate()
+        self._save(LAST)
+        remove(self.run / CHECKPOINT)
+
+    def _epoch(self) -> None:
+        """The steps of an epoch that are left."""
+        collate = _Pieces(self.objective, self.options.accumulation)
+        for pieces in load(self.data.train, self._batches, collate, self.limits.num_workers):
+            self._step(pieces)
+            every = self.options.eval_steps
+            if every is not None and self.progress.step % every == 0:
+                self._evaluate()
+            if self.progress.step >= self.steps or self._gives_up:
+                return
+            self._look_up()
+
+    def _step(self, pieces: list[Any]) -> None:
+        parts, progress, options = self._parts, self.progress, self.options
+        parts.model.train()
+        share = rate(progress.step, self.steps, options)
+        for group in parts.optimizer.param_groups:
+            # What it is at the highest is kept in the group itself, and in its checkpoint.
+            group.setdefault("highest", group["lr"])
+            group["lr"] = group["highest"] * share
+        parts.optimizer.zero_grad(set_to_none=True)
+        total = self.objective.count(pieces)
+        with self._autocast():
+            loss = self.objective.step(parts.model, pieces, float(total), self._backward)
+        if not math.isfinite(loss):
+            raise self._not_finite(loss)
+        norm = self._update()
+        progress.step, progress.epoch_step = progress.step + 1, progress.epoch_step + 1
+        if parts.average is not None:
+            parts.average.update(parts.model, progress.step)
+        self._losses.append(loss)
+        if progress.step <= LOG_STEPS or progress.step % LOG_STEPS == 0:
+            self._tell(loss=sum(self._losses) / len(self._losses), lr=options.learning_rate * share, grad_norm=norm)
+
+    def _update(self) -> float:
+        """The optimizer's step; returns the gradients' norm before it was cut."""
+        parts = self._parts
+        if parts.scaler is not None:
+            parts.scaler.unscale_(parts.optimizer)
+        learning = [p for p in parts.model.parameters() if p.grad is not None]
+        limit = self.options.max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(learning, math.inf if limit is None else limit))
+        if parts.scaler is not None:
+            parts.scaler.step(parts.optimizer)
+            parts.scaler.update()
+        else:
+            if not math.isfinite(norm):
+                raise self._not_finite(norm)
+            parts.optimizer.step()
+        return norm
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            (loss if self._parts.scaler is None else self._parts.scaler.scale(loss)).backward()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        if self.options.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=kinds[self.options.precision])
+
+    def _not_finite(self, value: float) -> ModelError:
+        rows = [self.data.train.rows[row].id for row in self._batches.batch(self.progress.epoch_step)]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        return ModelError(
+            f"the loss or its gradients are {value} at step {self.progress.step + 1}, rows {shown}; the checkpoint "
+            "before it and the best model are kept",
+            hint="a smaller --learning-rate, or --precision fp32; look at these rows",
+        )
+
+    # ------------------------------------------------------------------------------- evaluation, saving
+
+    def _evaluate(self) -> None:
+        progress, name = self.progress, self.objective.metric
+        with self._averaged():
+            self._parts.model.eval()
+            with torch.inference_mode():
+                found = self.objective.evaluate(self._parts.model, self._val_batches())
+            value = found[name]
+            progress.evaluated = progress.step
+            self._tell(**{f"val_{key}": number for key, number in found.items()})
+            if progress.best is None or value > progress.best:
+                progress.best, progress.best_step, progress.worse = value, progress.step, 0
+                self._save_model(BEST)
+            else:
+                progress.worse += 1
+        self._checkpoint()
+
+    def _val_batches(self) -> Iterator[Any]:
+        order = InOrder(len(self.data.val), self.options.batch_size)
+        return load(self.data.val, order, _Pieces(self.objective, 1), self.limits.num_workers)
+
+    @property
+    def _gives_up(self) -> bool:
+        patience = self.options.patience
+        return patience is not None and self.progress.worse >= patience
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the moving average's weights in the model, where there is one."""
+        average, model = self._parts.average, self._parts.model
+        if average is None:
+            yield
+            return
+        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(average.state)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+    def _save(self, name: str) -> None:
+        with self._averaged():
+            self._save_model(name)
+
+    def _save_model(self, name: str) -> None:
+        with output_errors(self.run / name):
+            swap_folder(self.run / name, lambda folder: self.objective.save(self._parts.model, folder))
+
+    def _checkpoint(self) -> None:
+        save_checkpoint(self.run / CHECKPOINT, self._parts, self.progress)
+        self._saved = time.monotonic()
+
+    def _look_up(self) -> None:
+        """Between two steps: is it time for a checkpoint, or to stop?"""
+        now = time.monotonic()
+        code = self.events.stop()
+        limit = self.limits.time_limit_s
+        late = limit is not None and now - self._began > limit
+        if code is not None or late or now - self._saved > self.limits.checkpoint_seconds:
+            self._checkpoint()
+        where = f"after step {self.progress.step} of {self.steps}; the same command goes on"
+        if code is not None:
+            raise Stopped(f"stopped {where}", code)
+        if late:
+            raise TryAgain(f"--time-limit: stopped {where}")
+
+    def _tell(self, **values: Any) -> None:
+        line = {"step": self.progress.step, "epoch": self._epoch_share(), **values}
+        self._log.write(**line)
+        self.events.told(line)
+
+    def _epoch_share(self) -> float:
+        return round(self.progress.step / max(1, len(self._batches)), 4)
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """What workers make of a batch."""
+
+    objective: Objective
+    pieces: int
+
+    def __call__(self, items: Any) -> list[Any]:
+        return self.objective.collate(items, self.pieces)
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ModelError("--gradient-checkpointing: this model does not offer it")
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

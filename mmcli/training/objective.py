@@ -1,0 +1,60 @@
+"""What an objective of training offers the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mmcli.core.protocols import ModelPlan
+from mmcli.training.data import Item
+
+Backward = Callable[[torch.Tensor], None]
+
+
+class Objective(Protocol):
+    """What is learned.
+
+    name    "classify", ...
+    plan    what decodes and processes rows
+    metric  the validation metric that the best is chosen by
+    """
+
+    name: str
+    metric: str
+
+    @property
+    def plan(self) -> ModelPlan: ...
+
+    def build(self, device: torch.device) -> torch.nn.Module:
+        """The model, on a device. Its new weights are drawn from torch's global generator. Raises ModelError."""
+        ...
+
+    def new_weights(self) -> frozenset[str]:
+        """Names of parameters of the built model that no checkpoint had."""
+        ...
+
+    def collate(self, items: Sequence[Item], pieces: int) -> list[Any]:
+        """A batch in pieces, on the host; runs in workers."""
+        ...
+
+    def count(self, pieces: Sequence[Any]) -> int:
+        """What the loss of a batch is the mean of: rows, or tokens."""
+        ...
+
+    def step(self, model: torch.nn.Module, pieces: Sequence[Any], total: float, backward: Backward) -> float:
+        """Gradients of the batch's loss, whatever the pieces; returns this process's part of the loss.
+
+        total  what sums are divided by
+        """
+        ...
+
+    def evaluate(self, model: torch.nn.Module, batches: Any) -> dict[str, float]:
+        """Metrics of the validation rows. `batches`: collated, in order."""
+        ...
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write what `-m folder` loads into an existing folder."""
+        ...
