@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcli.core.errors import ConfigError, OutputError, one_line
+from mmcli.evaluation.captions import SCALE
 from mmcli.evaluation.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 FORMATS = ("png", "pdf", "svg")
-BLUE, RED, GREY = "#2b6cb0", "#c53030", "#718096"
+BLUE, RED, PINK, GREY = "#2b6cb0", "#c53030", "#f5b5b0", "#718096"
 # Cells are labelled with their numbers, and classes with their names, as long as that can be read.
-NUMBERED, NAMED = 15, 40
+NUMBERED, NAMED = 15, 60
 
 
 def check_plot(path: Path) -> None:
@@ -60,43 +61,41 @@ def _figure(report: Report) -> Figure:
         else:
             _scores(axes, report)
     else:
-        size = float(np.clip(0.32 * len(confusion["classes"]), 5, 12))
-        width = 5.2 if calibration else 0.0
-        figure = Figure(figsize=(width + size + 1, size), layout="constrained")
-        drawn = figure.subplots(1, 2, width_ratios=[width, size + 1]) if calibration else [figure.subplots()]
+        size = float(np.clip(0.24 * len(confusion["classes"]) + 1.5, 5.5, 14))
+        width = 5.0 if calibration else 0.0
+        figure = Figure(figsize=(width + size + 0.5, size), layout="constrained")
         if calibration:
-            _reliability(drawn[0], calibration, report)
-        _matrix(drawn[-1], confusion, figure)
+            left, right = figure.subfigures(1, 2, width_ratios=[width, size + 0.5], squeeze=False)[0]
+            _reliability(left, calibration, report)
+        _matrix((right if calibration else figure).subplots(), confusion)
     figure.suptitle(one_line(f"{Path(report.predictions).name}: {report.column} against {report.truth}", 90))
     return figure
 
 
-def _reliability(axes: Axes, bins: list[dict[str, Any]], report: Report) -> None:
+def _reliability(figure: SubFigure, bins: list[dict[str, Any]], report: Report) -> None:
     """Accuracy over confidence, and beneath it how many rows each bin has (Guo et al. 2017, figure 1)."""
+    axes, counts = figure.subplots(2, 1, height_ratios=[5, 1], sharex=True)
     width = bins[0]["high"] - bins[0]["low"]
     there = [b for b in bins if b["rows"]]
     left = [b["low"] for b in there]
     accuracy = np.array([b["accuracy"] for b in there])
-    confidence = np.array([b["confidence"] for b in there])
+    gap = np.array([b["confidence"] for b in there]) - accuracy
     axes.bar(left, accuracy, width, align="edge", color=BLUE, edgecolor="white", label="accuracy")
     axes.bar(
-        left, confidence - accuracy, width, bottom=accuracy, align="edge", color=RED, alpha=0.25, edgecolor=RED,
-        linewidth=0.6, label="gap to mean confidence",
+        left, gap, width, accuracy, align="edge", color=PINK, edgecolor=RED, linewidth=0.6,
+        label="gap to the mean confidence",
     )  # fmt: skip
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect")
     ece = next(s for s in report.scores if s.name == "ece")
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", box_aspect=1)
     axes.set_title(f"Reliability, ECE {ece.value:.3f}", fontsize=11)
     axes.legend(loc="upper left", frameon=False, fontsize=8)
-    counts = axes.inset_axes((0, -0.3, 1, 0.14), sharex=axes)
-    counts.bar(
-        [b["low"] for b in bins], [b["rows"] for b in bins], width, align="edge", color=GREY, edgecolor="white"
-    )
-    counts.set_ylabel("rows", fontsize=8)
-    counts.tick_params(labelbottom=False, labelsize=7)
+    rows = [b["rows"] for b in bins]
+    counts.bar([b["low"] for b in bins], rows, width, align="edge", color=GREY, edgecolor="white")
+    counts.set(xlabel="confidence", ylabel="rows", box_aspect=0.2)
 
 
-def _matrix(axes: Axes, confusion: dict[str, Any], figure: Figure) -> None:
+def _matrix(axes: Axes, confusion: dict[str, Any]) -> None:
     names = [one_line(name, 24) for name in confusion["classes"]]
     if confusion["matrix"] is None:
         axes.axis("off")
@@ -115,6 +114,8 @@ def _matrix(axes: Axes, confusion: dict[str, Any], figure: Figure) -> None:
     if len(names) <= NAMED:
         axes.set_xticks(range(len(answers)), answers, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
+    else:
+        axes.set(xticks=[], yticks=[], ylabel=f"true: {len(names):,} classes in the order of their names")
     if len(names) <= NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
             if count:
@@ -128,7 +129,7 @@ def _matrix(axes: Axes, confusion: dict[str, Any], figure: Figure) -> None:
                     fontsize=8,
                     color="white" if dark else "black",
                 )
-    figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
+    axes.figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
 
 
 def _recall(axes: Axes, recall_at: dict[str, dict[str, float]]) -> None:
@@ -144,22 +145,17 @@ def _recall(axes: Axes, recall_at: dict[str, dict[str, float]]) -> None:
 
 
 def _scores(axes: Axes, report: Report) -> None:
-    """A dot for each score, and a line for its interval."""
-    there = [s for s in report.scores if s.value is not None][::-1]
-    for place, one in enumerate(there):
+    """A dot for each score, and a line for its interval. CIDEr, whose best is 10, is drawn as a tenth."""
+    there = [(s, s.value) for s in report.scores if s.value is not None][::-1]
+    for place, (one, value) in enumerate(there):
+        scale = SCALE if one.name == "cider" else 1.0
         if one.low is not None and one.high is not None:
-            axes.plot([one.low, one.high], [place, place], color=BLUE, linewidth=3, alpha=0.4)
-        axes.plot([float(one.value or 0)], [place], "o", color=BLUE)
-        axes.annotate(
-            f"{one.value:.3f}",
-            (float(one.value or 0), place),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    axes.set_yticks(range(len(there)), [s.name for s in there])
-    axes.set_xlim(left=min(0.0, *(s.low or 0.0 for s in there)))
+            axes.plot([one.low / scale, one.high / scale], [place, place], color=BLUE, linewidth=3, alpha=0.4)
+        axes.plot([value / scale], [place], "o", color=BLUE)
+        beside = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axes.annotate(f"{value:.3f}", (value / scale, place), (0, 7), **beside)
+    axes.set_yticks(range(len(there)), ["cider / 10" if s.name == "cider" else s.name for s, _ in there])
+    axes.set_xlim(left=0)
     axes.set_ylim(-0.6, len(there) - 0.2)
     axes.grid(axis="x", alpha=0.3)
     axes.set_title("Scores with their 95 % intervals", fontsize=11)
