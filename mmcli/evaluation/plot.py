@@ -152,10 +152,11 @@ def _scores(axes: Axes, report: Report) -> None:
         if one.low is not None and one.high is not None:
             axes.plot([one.low / scale, one.high / scale], [place, place], color=BLUE, linewidth=3, alpha=0.4)
         axes.plot([value / scale], [place], "o", color=BLUE)
-        beside = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
-        axes.annotate(f"{value:.3f}", (value / scale, place), (0, 7), **beside)
+        axes.annotate(
+            f"{value:.3f}", (value / scale, place), (0, 7), textcoords="offset points", ha="center", fontsize=8
+        )
     axes.set_yticks(range(len(there)), ["cider / 10" if s.name == "cider" else s.name for s, _ in there])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.02)
     axes.set_ylim(-0.6, len(there) - 0.2)
     axes.grid(axis="x", alpha=0.3)
     axes.set_title("Scores with their 95 % intervals", fontsize=11)
