@@ -199,15 +199,19 @@ class _Placing:
                 file = _file(record, slot.medium) if labels else None
                 if labels and file is None:
                     self._tally.count("homeless", _why_homeless(record))
-                elif file is not None and os.path.join(self._folder_of(file)[1], "").startswith(self._real):
+                elif file is not None and self._is_inside(file):
                     self._tally.inside += 1
                 elif file is not None:
                     self._add(file, labels, row["id"])
         self._notes.note_plan()
         self._notes.commit()
 
+    def _is_inside(self, file: str) -> bool:
+        """Whether a file lies in FOLDER."""
+        return os.path.join(self._folder_of(os.path.dirname(file))[1], "").startswith(self._real)
+
     def _add(self, file: str, labels: Mapping[str, float | None], id: str) -> None:
-        source = os.path.join(self._folder_of(file)[0], os.path.basename(file))
+        source = os.path.join(self._folder_of(os.path.dirname(file))[0], os.path.basename(file))
         try:
             status = os.stat(source)
             if not stat.S_ISREG(status.st_mode):
@@ -265,7 +269,7 @@ class _Placing:
                     self._put(name, entry, replace=state == "old")
                     touched.add(os.path.dirname(name))
             except OSError as error:
-                if error.filename is not None and os.fsencode(error.filename) == entry.source:
+                if entry.copied and _is_of_source(error, entry):
                     self._tally.fail(_cannot_read(error, os.fsdecode(entry.source)))
                 else:
                     self._fail(error, name)
@@ -355,6 +359,11 @@ def _cannot_read(error: OSError, source: str) -> OutputError:
     return OutputError(f"cannot read {shown(source)}: {reason}")
 
 
+def _is_of_source(error: OSError, entry: Entry) -> bool:
+    """Of the source alone: what fails between two files names both."""
+    return error.filename is not None and error.filename2 is None and os.fsencode(error.filename) == entry.source
+
+
 def _copy(entry: Entry, temporary: str) -> None:
     """With its time. Raises OSError, also when the source is no longer what was noted."""
     shutil.copyfile(os.fsdecode(entry.source), temporary)
@@ -416,9 +425,8 @@ def _why_homeless(record: Record) -> str:
     return f"{record.path}: not known where; mmcli embed notes absolute paths when INPUT is absolute"
 
 
-def _folder_of(file: str) -> tuple[str, str]:
-    """The absolute folder of a file, and the same without symbolic links. Cached by `_Placing`."""
-    folder = os.path.dirname(file)
+def _folder_of(folder: str) -> tuple[str, str]:
+    """A folder's absolute path, and that without symbolic links. Cached by `_Placing`."""
     real = os.path.realpath(folder)
     # `a/../b` is not `b` when a is a symbolic link.
     return (real if ".." in folder.split("/") else os.path.abspath(folder)), real

@@ -16,6 +16,7 @@ import numpy as np
 from mmcli.core.durable import make_folder, read_json, write_json
 from mmcli.core.errors import ConfigError, OutputError
 from mmcli.sinks.class_names import Claims, shown
+from mmcli.sinks.outputs import RUN_FILE
 
 METADATA = "metadata.csv"
 NOTES, OWNER, PLACED, NEW = ".mmcli", "owner.json", "placed.sqlite", "new"
@@ -59,6 +60,8 @@ def _problem(into: Into) -> str | None:
     others = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if owner is None and others:
         return f"there is something else in it already ({shown(others[0])}); give a folder that is new or empty"
+    if owner is None and (folder / NOTES / RUN_FILE).exists():
+        return "there are rows of an unfinished output in it; give a folder that is new or empty"
     if owner is not None and others and owner.get("output") != _relative(into):
         other = os.path.normpath(folder.resolve() / str(owner.get("output")))
         return f"its files are of another output, {shown(other)}; give another folder, or delete this one first"

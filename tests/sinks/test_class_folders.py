@@ -381,6 +381,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, leave: int, copy: bool) -
     tally = place(small_disk / "sorted", dict.fromkeys(files, "dog"), copy)
     if tally.failure is not None:
         assert "full" in str(tally.failure) or "No space left on device" in str(tally.failure)
+        assert "cannot write" in str(tally.failure) or "nothing can be written" in str(tally.failure)
         assert tree(small_disk / "sorted").items() >= before.items()
         assert len(metadata(small_disk / "sorted")) == 2
     filler.unlink()
@@ -482,6 +483,9 @@ def test_folders_of_others_are_refused(folder: Path, files: list[Path]) -> None:
     assert "there is something else in it already (a.jpg)" in problem(files[0].parent)
     assert "this is a file" in problem(files[0])
     assert f"there is no folder {folder}; mkdir -p" in problem(folder / "deep")
+    (folder.parent / "rows/.mmcli").mkdir(parents=True)
+    (folder.parent / "rows/.mmcli/run.json").write_text("{}")
+    assert "there are rows of an unfinished output in it" in problem(folder.parent / "rows")
     place(folder, {files[0]: "cat"})
     check_folder(Into(folder, folder.parent.resolve() / "o.parquet"))
     said = problem(folder, "p.parquet")
