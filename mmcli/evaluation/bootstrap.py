@@ -55,7 +55,8 @@ def score(names: Sequence[str], statistic: Statistic, answered: np.ndarray, resa
     with threadpool_limits(1, "blas"):
         values = statistic(np.ones(rows))
         low, high = intervals(rows, statistic, len(names), resampling)
-        over_answered = values if answered.all() else statistic(answered.astype(float))
+        nothing = np.full(len(names), np.nan)
+        over_answered = statistic(answered.astype(float)) if answered.any() else nothing
     numbers = zip(values, low, high, over_answered, strict=True)
     return [Score(name, *map(_number, four)) for name, four in zip(names, numbers, strict=True)]
 

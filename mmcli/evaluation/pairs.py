@@ -204,15 +204,16 @@ def collect(table: Table, columns: Columns, truth: Truth, kind: str) -> Pairs:
     pairs = Pairs()
     names: Counter[str] = Counter()
     paths: set[Any] = set()
+    several = table.columns[columns.answer] == "list"
     for batch in table.read(list(dict.fromkeys([*columns.names(), *truth.columns]))):
-        _add(batch, columns, truth, pairs, names)
+        _add(batch, columns, truth, pairs, names, several)
         if columns.path is not None:
             paths.update(values(batch[columns.path]))
     pairs.counts.repeated_ids = sum(n > 1 for n in names.values()) if columns.id is not None else 0
     pairs.counts.unused_truth = truth.unused()
     if not pairs.ids:
         raise ConfigError(_nothing(table, truth, pairs, names))
-    if kind in (CLASSIFICATION, SPEECH) and table.columns[columns.answer] != "list":
+    if kind in (CLASSIFICATION, SPEECH) and not several:
         _check_single(pairs, kind)
     if kind == CAPTION and isinstance(truth, ColumnTruth):
         _merge(pairs, columns, len(paths - {None}))
@@ -220,8 +221,8 @@ def collect(table: Table, columns: Columns, truth: Truth, kind: str) -> Pairs:
     return pairs
 
 
-def _add(batch: Batch, columns: Columns, truth: Truth, pairs: Pairs, names: Counter[str]) -> None:
-    """The pairs of one batch."""
+def _add(batch: Batch, columns: Columns, truth: Truth, pairs: Pairs, names: Counter[str], several: bool) -> None:
+    """The pairs of one batch. `several`: a row may have any number of classes, none too."""
     answers = values(batch[columns.answer])
     rows = len(answers)
     start = pairs.counts.rows
@@ -236,7 +237,7 @@ def _add(batch: Batch, columns: Columns, truth: Truth, pairs: Pairs, names: Coun
     pairs.counts.rows += rows
     names.update(ids)
     for i, right in enumerate(known):
-        if right is None:
+        if right is None or not (right or several):
             pairs.counts.without_truth += 1
             continue
         lost = _lost(answers[i], status[i], rejected[i])
@@ -296,8 +297,8 @@ def _check_single(pairs: Pairs, kind: str) -> None:
     """Every row has one true class, or one transcript."""
     wrong = []
     for i, right in enumerate(pairs.references):
-        if len(distinct := list(dict.fromkeys(right))) != 1:
-            wrong.append(f"{pairs.ids[i]!r} has {' and '.join(map(repr, distinct[:SHOWN])) or 'none'}")
+        if len(distinct := list(dict.fromkeys(right))) > 1:
+            wrong.append(f"{pairs.ids[i]!r} has {' and '.join(map(repr, distinct[:SHOWN]))}")
         pairs.references[i] = distinct[:1]
     if wrong := list(dict.fromkeys(wrong)):
         what = "true class" if kind == CLASSIFICATION else "transcript"

@@ -283,6 +283,33 @@ def test_spoken_digits(cli: Cli, shared_data: Path, tmp_path: Path) -> None:
         assert any(row[:1] == [digit] and row[-1] == f"{one:.4f}" for row in rows)
 
 
+def test_rows_without_a_truth(cli: Cli, tmp_path: Path) -> None:
+    """Null, empty, a list of nothing: left out and counted, but for classes, of which there may be none."""
+    nothing = [["x"], [], None, [""]]
+    path = write(tmp_path / "p.parquet", {"id": list("abcd"), "caption": ["x"] * 4, "refs": nothing})
+    found = report(cli, path, "--truth", "refs")
+    assert (found["rows"]["evaluated"], found["rows"]["without_truth"]) == (1, 3)
+    asked = write(tmp_path / "q.parquet", {"id": list("abcd"), "answer": ["x"] * 4, "answers": nothing})
+    assert report(cli, asked, "--truth", "answers")["rows"]["without_truth"] == 3
+    tagged = write(
+        tmp_path / "l.parquet", {"id": list("abcd"), "labels": [["x"], [], ["x"], None], "tags": nothing}
+    )
+    found = report(cli, tagged, "--truth", "tags")
+    assert (found["rows"]["evaluated"], found["rows"]["without_truth"], found["rows"]["no_answer"]) == (3, 1, 1)
+    assert values(found)["exact_match"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "caption", "answer"])
+def test_nothing_was_answered(cli: Cli, tmp_path: Path, column: str) -> None:
+    kind = pa.list_(pa.string()) if column == "labels" else pa.string()
+    path = write(tmp_path / "p.parquet", {"id": ["a", "b"], column: pa.nulls(2, kind), "right": ["x", "y z"]})
+    found = report(cli, path, "--truth", "right")
+    assert found["rows"]["no_answer"] == 2
+    for one in found["scores"].values():
+        assert one["value"] == pytest.approx(0, abs=1e-3)
+        assert one["answered"] is None
+
+
 # Retrieval ------------------------------------------------------------------------------------------------------
 
 
