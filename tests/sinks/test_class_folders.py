@@ -295,6 +295,17 @@ def test_a_foreign_file_keeps_its_name(folder: Path, files: list[Path], copy: bo
     assert sorted(tree(folder)) == ["cat/a.jpg", "dog/b.jpg"]
 
 
+def test_what_is_removed_is_forgotten(folder: Path, files: list[Path]) -> None:
+    """A link of the same kind that the user makes later is the user's."""
+    place(folder, {files[0]: "cat"})
+    place(folder, {files[0]: "dog"})
+    (folder / "cat").mkdir()
+    (folder / "cat/a.jpg").symlink_to(files[0])
+    tally = place(folder, {files[0]: "dog"})
+    assert sorted(tree(folder)) == ["cat/a.jpg", "dog/a.jpg"]
+    assert (tally.removed, tally.left) == (0, 0)
+
+
 def test_its_own_files_are_not_put_into_it(folder: Path, files: list[Path]) -> None:
     """As when `find` lists FOLDER, too."""
     place(folder, {files[0]: "cat"})
@@ -360,6 +371,16 @@ def test_a_file_in_the_place_of_a_label(folder: Path, files: list[Path]) -> None
     assert (folder / "dog").read_text() == "mine"
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="there is no /proc")
+def test_a_source_that_fails_on_the_way(folder: Path, files: list[Path]) -> None:
+    tally = place(folder, {Path("/proc/self/mem"): "cat", files[0]: "cat"}, copy=True)
+    assert tree(folder) == {"cat/a.jpg": "this is a.jpg"}
+    assert [row["file_name"] for row in metadata(folder)] == ["cat/a.jpg"]
+    assert (tally.placed, tally.failed) == (1, 1)
+    assert "/mem: Input/output error" in str(tally.failure)
+    assert os.listdir(folder / "cat") == ["a.jpg"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_source_that_cannot_be_read(folder: Path, files: list[Path]) -> None:
     files[0].chmod(0)
@@ -383,6 +404,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, leave: int, copy: bool) -
         assert "full" in str(tally.failure) or "No space left on device" in str(tally.failure)
         assert "cannot write" in str(tally.failure) or "nothing can be written" in str(tally.failure)
         assert tree(small_disk / "sorted").items() >= before.items()
+        assert tally.failed <= 1
         assert len(metadata(small_disk / "sorted")) == 2
     filler.unlink()
     assert place(small_disk / "sorted", dict.fromkeys(files, "dog"), copy).failure is None
@@ -507,6 +529,15 @@ def test_metadata_that_was_changed_by_hand_is_not_replaced(folder: Path, files: 
     (folder / "metadata.csv").unlink()
     assert place(folder, {files[0]: "cat"}).failure is None
     assert (folder / "metadata.csv").read_text() == text
+
+
+def test_a_folder_that_was_emptied_is_free(folder: Path, files: list[Path]) -> None:
+    place(folder, {files[0]: "cat"})
+    shutil.rmtree(folder / "cat")
+    (folder / "metadata.csv").unlink()
+    tally = place(folder, {files[1]: "dog"}, out="p.parquet")
+    assert (tally.placed, tally.failure) == (1, None)
+    assert "another output" in problem(folder, "o.parquet")
 
 
 def test_an_empty_folder_will_do(folder: Path, files: list[Path]) -> None:
