@@ -183,6 +183,9 @@ def prepare(
     _check_not_an_input(arguments, problems)
     planned = planner.plan(problems)
     if source is not None and planned is not None:
+        if len(source.slots) > 1 and getattr(planned.plan, "missing", False):
+            # Opened again, for a model that bears it: that reads no more than the head of the manifest.
+            source = _source(arguments, columns, messages, problems, missing=True) or source
         source = problems.collect(planner.source, source)
     if source is not None and planned is not None:
         _check_modalities(source, planned.plan, str(arguments.model.model), problems)
@@ -208,7 +211,9 @@ def _check_not_an_input(arguments: Arguments, problems: Problems) -> None:
                 return
 
 
-def _source(arguments: Arguments, columns: Columns, messages: Messages, problems: Problems) -> Source | None:
+def _source(
+    arguments: Arguments, columns: Columns, messages: Messages, problems: Problems, missing: bool = False
+) -> Source | None:
     from mmcli.sources.open import open_source
 
     if "-" in (arguments.inputs.inputs or ()):
@@ -218,7 +223,7 @@ def _source(arguments: Arguments, columns: Columns, messages: Messages, problems
         if sys.stdin.isatty():
             messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
     stdin = sys.stdin.buffer if sys.stdin is not None else None
-    options = _source_options(arguments, columns.names, columns.said)
+    options = replace(_source_options(arguments, columns.names, columns.said), missing=missing)
     if columns.alone and not options.column_flags_of_media:
         if columns.text is None:
             problems.add(

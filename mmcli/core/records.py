@@ -27,7 +27,7 @@ def mtime_ns(status: os.stat_result) -> int:
 
 @dataclass(slots=True)
 class Media:
-    """Where one medium of a record is: exactly one of `file`, `data` and `text` is set.
+    """Where one medium of a record is: one of `file`, `data` and `text` is set, or none (`missing`).
 
     modality  what the manifest says it is; None means: decided by content
     file      path to open (str; non-UTF-8 names carry surrogate escapes, as from `os.fsdecode`)
@@ -43,6 +43,11 @@ class Media:
     text: str | None = None
     size: int | None = None
     mtime_ns: int | None = None
+
+    @property
+    def missing(self) -> bool:
+        """The record has none; only for models that bear that."""
+        return self.file is None and self.data is None and self.text is None
 
 
 @dataclass(slots=True)

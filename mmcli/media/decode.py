@@ -38,6 +38,7 @@ def decode(media: Media, options: DecodeOptions) -> tuple[Modality, Payload]:
     A modality that the manifest gives is obeyed. Otherwise the content decides: a text, unless it is named as
     another medium; a picture (an animation too, by its first frame); a video (a file with moving pictures); or
     audio (cover art is no video). A model that takes audio and no video gets a video's sound track.
+    Of a medium that the record lacks (Media.missing) the content is None.
 
     Raises RowError with the codes of contracts.md section 3; `unsupported_format` for a modality that the
     model does not take.
@@ -47,6 +48,8 @@ def decode(media: Media, options: DecodeOptions) -> tuple[Modality, Payload]:
         return "text", media.text
     if media.modality is not None:
         _require(media.modality, options)
+        if media.missing:
+            return media.modality, None
     with open_media(media, options.max_bytes) as file:
         try:
             return _decode(media, file, options)

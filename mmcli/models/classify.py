@@ -115,12 +115,14 @@ def resolve_classifier(
 def _checkpoint(
     options: ModelOptions, wanted: Classification, solved: Solved | None, given: bool
 ) -> ClassifierPlan:
-    from mmcli.models import classifier, entailment, families
+    from mmcli.models import classifier, entailment, families, fusion_family
 
     checkpoint, dtype = families.open_with_dtype(options, [])
     if solved is None and not given and wanted.kept is None:
         if wanted.labels and (pairs := entailment.find(checkpoint)) is not None:
             return entailment.plan(checkpoint, options, dtype, pairs, wanted)
+        if fusion_family.find(checkpoint):
+            return fusion_family.plan(checkpoint, options, dtype, wanted)
         if (own := classifier.find(checkpoint)) is not None:
             return classifier.plan(checkpoint, options, dtype, own, wanted)
         if _writes(checkpoint, "ask"):

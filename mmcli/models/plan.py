@@ -191,6 +191,7 @@ class ClassificationPlan(CheckpointPlan):
     processor   "module:function" that opens what runs in the decode workers; None: what its inputs usually need
     runner      "module:class" of its Runner, made with the plan
     joiner      "module:function": plan -> what makes a Classified of all outputs of a record; None: they are such
+    missing     a record may lack some of its media: its processor gets None for them
     """
 
     labels: tuple[str, ...]
@@ -200,6 +201,7 @@ class ClassificationPlan(CheckpointPlan):
     processor: str | None = None
     runner: str = "mmcli.models.classifier_runner:ClassifierRunner"
     joiner: str | None = None
+    missing: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What identifies the scores."""

@@ -79,11 +79,13 @@ class ManifestSource:
     """Records of a manifest's rows.
 
     Paths in it are relative to its folder. Ids are those of the id column, or `name#row`, name as given on
-    the command line and row counted from 0. A null or empty media cell is an error row (bad_row).
+    the command line and row counted from 0. A null or empty media cell is an error row (bad_row); with `missing`
+    only where the row has no other.
     """
 
-    def __init__(self, manifest: Manifest, selection: Selection) -> None:
+    def __init__(self, manifest: Manifest, selection: Selection, missing: bool = False) -> None:
         self.manifest = manifest
+        self._bears_missing = missing and len(selection.media) > 1
         self.selection = selection
         self.slots = selection.slots
         self.keep = pa.schema([pa.field(k.output, k.type) for k in selection.keep])
@@ -191,6 +193,8 @@ class ManifestSource:
             media, names = self._media(column, cells, here, errors)
             slots.append(media)
             paths = paths if paths is not None else names
+        if self._bears_missing:
+            self._check_any(slots, errors)
         ids = self._ids(block, first, errors)
         keep = zip(*block.keep, strict=True) if block.keep else repeat(())
         variables = zip(*block.variables, strict=True) if block.variables else repeat(())
@@ -203,6 +207,13 @@ class ManifestSource:
             if i in errors:
                 record.media, record.error = (), errors[i]
             yield record
+
+    def _check_any(self, slots: list[Sequence[Media | None]], errors: dict[int, RowError]) -> None:
+        """Add rows that lack all of their media to `errors`."""
+        names = ", ".join(repr(column.name) for column in self.selection.media)
+        for i, row in enumerate(zip(*slots, strict=True)):
+            if i not in errors and all(medium is not None and medium.missing for medium in row):
+                errors[i] = bad_row(f"columns {names} are all empty")
 
     def _ids(self, block: Block, first: int, errors: dict[int, RowError]) -> Sequence[str]:
         label = self._label
@@ -247,8 +258,11 @@ class ManifestSource:
         return media, paths if any(paths) else None
 
     def _medium(self, column: MediaColumn, cell: Any, stats: tuple[int | None, ...]) -> tuple[Media, str | None]:
-        if cell is None or cell == "" or cell == b"":
-            raise bad_row(f"column {column.name!r} is empty")
+        if cell is None or cell == "" or cell == b"" or (column.kind == "struct" and not any(cell)):
+            if self._bears_missing:
+                return Media(column.modality), None
+            what = "has neither bytes nor a path" if cell else "is empty"
+            raise bad_row(f"column {column.name!r} {what}")
         if column.kind == "bytes":
             return Media(column.modality, data=cell), None
         if column.kind == "text":
@@ -257,8 +271,6 @@ class ManifestSource:
             data, cell = cell
             if data:
                 return Media(column.modality, data=data), shown(cell) if cell else None
-            if not cell:
-                raise bad_row(f"column {column.name!r} has neither bytes nor a path")
         return self._file(column, cell, stats)
 
     def _file(self, column: MediaColumn, path: str, stats: tuple[int | None, ...]) -> tuple[Media, str]:

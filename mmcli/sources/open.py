@@ -76,6 +76,7 @@ class SourceOptions:
     hidden          also files and folders whose names begin with a dot
     input_format    read the inputs as parquet, jsonl, csv, tsv or paths, whatever their names
     live            make records from stdin as lines arrive, without a snapshot (rows are not known)
+    missing         a row of a manifest may lack some of its media (Media.missing), not all
     leave           extensions of files of folders that are no rows: what the run itself writes beside them
     """
 
@@ -95,6 +96,7 @@ class SourceOptions:
     follow_symlinks: bool = True
     input_format: str | None = None
     live: bool = False
+    missing: bool = False
     leave: tuple[str, ...] = ()
 
     @property
@@ -340,7 +342,8 @@ def _manifest_source(manifest: Manifest, options: SourceOptions) -> Source:
     from mmcli.sources.columns import select
     from mmcli.sources.manifest import ManifestSource
 
-    return ManifestSource(manifest, select(options, manifest.columns, shown(manifest.name), manifest.empty))
+    selection = select(options, manifest.columns, shown(manifest.name), manifest.empty)
+    return ManifestSource(manifest, selection, options.missing)
 
 
 def _check_together(options: SourceOptions, opened: Sequence[_Listings | Source], problems: list[str]) -> None:

@@ -1,0 +1,116 @@
+"""A loaded MultimodalTransformer on a device: batches -> the labels of each record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mmcli.core.errors import ModelError
+from mmcli.core.records import Classified, Sample
+from mmcli.models.fusion import MultimodalTransformer, register
+from mmcli.models.fusion_inputs import FusionProcessor, Part
+from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
+from mmcli.models.plan import CheckpointPlan, ClassificationPlan
+from mmcli.models.runner import Batch, Collator, TorchRunner, load_model, stack
+from mmcli.models.scores import PendingClassified, classified, rank
+
+
+class FusionCollator(Collator):
+    """Samples of a FusionProcessor -> batches of a MultimodalTransformer, without the model.
+
+    whole  batches have inputs of every encoder, also where no row has its modality: for training, where each
+           encoder has to run (see mmcli.models.fusion)
+    """
+
+    def __init__(self, plan: CheckpointPlan, device: torch.device, whole: bool = False) -> None:
+        self.device = device
+        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        parts: tuple[Part, ...] = plan.detail
+        self._pads: dict[str, int] = {}
+        self._pictures: Normalize | None = None
+        for part in parts:
+            if part.modality == "text":
+                tokenizer = open_tokenizer(part.checkpoint)
+                self._pads = {
+                    "text.input_ids": tokenizer.pad_token_id or 0,
+                    "text.token_type_ids": tokenizer.pad_token_type_id,
+                }
+            elif part.modality == "image":
+                self._pictures = _normalization(part)
+        self._blanks: list[dict[str, np.ndarray]] = []
+        if whole:
+            processor = FusionProcessor(parts)
+            self._blanks = [processor.blank(part) for part in parts]
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Samples of equal group, of any modalities -> a Batch, whose tensors are named as the Samples' arrays.
+
+        `present`: bool [n, M]; a row without a modality has zeros there. Sequences are padded behind.
+        Raises ModelError for pictures or clips of different shapes: those are of different groups.
+        """
+        if len({sample.group for sample in samples}) > 1:
+            raise ModelError("internal error: pictures of different shapes in a batch")
+        rows = [sample.arrays for sample in samples]
+        tensors = {"present": torch.from_numpy(np.stack([arrays["present"] for arrays in rows]))}
+        names = dict.fromkeys(name for arrays in rows for name in arrays if name != "present")
+        for name in names:
+            tensors[name] = self._stacked(name, [arrays.get(name) for arrays in rows])
+        for blank in self._blanks:
+            if not any(name in names for name in blank):
+                for name, array in blank.items():
+                    tensors[name] = self._stacked(name, [array, *[None] * (len(rows) - 1)])
+        return Batch(samples[0].modality, tensors)
+
+    def _stacked(self, name: str, arrays: Sequence[np.ndarray | None]) -> torch.Tensor:
+        known = next(array for array in arrays if array is not None)
+        nothing = np.empty((0,) * known.ndim, known.dtype)
+        filled = [nothing if array is None else array for array in arrays]
+        return stack(filled, self._pads.get(name, 0), self.device.type == "cuda")
+
+    def _to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "present":
+            # The model looks at it: on a device that would have to be waited for.
+            return tensor
+        moved = tensor.to(self.device, non_blocking=True)
+        if name == "image.pixel_values" and moved.dtype == torch.uint8 and self._pictures is not None:
+            moved = self._pictures(moved)
+        return moved.to(self._dtype) if moved.is_floating_point() else moved
+
+
+def _normalization(part: Part) -> Normalize | None:
+    try:
+        return Normalize.of(open_image_processor(part.checkpoint))
+    except (AttributeError, TypeError):
+        # A processor of its own kind: the workers send what it gives, already normalised.
+        return None
+
+
+class FusionRunner(TorchRunner, FusionCollator):
+    """See mmcli.core.protocols.Runner: records -> Classified."""
+
+    def __init__(self, plan: ClassificationPlan) -> None:
+        super().__init__(plan)
+        self._plan = plan
+        model: MultimodalTransformer = self.loaded
+        self._model = torch.compile(model) if plan.compile else model
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> list[Classified] | PendingClassified:
+        """One output for each record of the batch. Raises torch.OutOfMemoryError."""
+        plan = self._plan
+        inputs = self.to_device(batch)
+        present = inputs.pop("present")
+        logits: torch.Tensor = self._model(inputs, present).logits
+        ranked = rank(logits, plan.activation, plan.ranking)
+        if self.device.type == "cuda":
+            return PendingClassified(ranked, plan.labels, plan.ranking)
+        return classified(ranked, plan.labels, plan.ranking)
+
+
+def load(plan: ClassificationPlan, device: torch.device) -> MultimodalTransformer:
+    """The model, ready for inference. Raises ModelError."""
+    register()
+    model: MultimodalTransformer = load_model(MultimodalTransformer, plan, device, makes="scores")
+    return model
