@@ -6,6 +6,10 @@ from hashlib import blake2b
 
 from mmcli.core.records import Record
 
+# hashlib lets other threads run while it digests more bytes than this. To go on beside a busy main thread then
+# takes 30 us, to digest a vector of 2 KB takes 2: only where there is much to digest is that well spent.
+_UNLOCKED, _LONG = 2047, 32 * 1024
+
 
 def signature(record: Record, digest_inline: bool = True) -> bytes | None:
     """16-byte digest over all of the input that determines the row; None for a record with an error.
@@ -14,15 +18,19 @@ def signature(record: Record, digest_inline: bool = True) -> bytes | None:
     inline content. With `digest_inline=False` inline bytes and text count by their length alone: only for
     callers that know otherwise that the content is the same.
 
-    2.4 us for a file or tiny inline bytes, plus 1 ms per MB of inline content.
+    2.4 us for a file or tiny inline bytes, 5 for a vector of 512 numbers, plus 1 ms per MB of inline content.
     """
     if record.error is not None:
         return None
     described: list[object] = [record.id, record.path, record.keep]
     inline: list[bytes] = []
     for value in record.variables:
-        # repr shortens long arrays.
-        described.append(value if not hasattr(value, "tobytes") else (value.shape, value.tobytes()))
+        if hasattr(value, "tobytes"):
+            # Its numbers apart: repr shortens long arrays, and of 2 KB of bytes it takes 20 us.
+            described.append((value.shape, value.dtype.str))
+            inline.append(value.tobytes())
+        else:
+            described.append(value)
     for media in record.media:
         data = media.data
         if data is None and media.text is not None:
@@ -36,5 +44,9 @@ def signature(record: Record, digest_inline: bool = True) -> bytes | None:
     # repr of str, bytes, int, float, Decimal, date, list and dict tells every value apart.
     digest = blake2b(repr(described).encode("utf-8", "surrogatepass"), digest_size=16)
     for data in inline:
-        digest.update(data)
+        if len(data) > _LONG:
+            digest.update(data)
+            continue
+        for start in range(0, len(data), _UNLOCKED):
+            digest.update(data[start : start + _UNLOCKED])
     return digest.digest()

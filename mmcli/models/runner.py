@@ -191,7 +191,11 @@ def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = Fa
     stacked = torch.empty(shape, dtype=dtype, pin_memory=pinned)
     out = stacked.numpy()
     if all(a.shape == first.shape for a in arrays):
-        np.stack(arrays, out=out)
+        if first.ndim == 0:
+            out[:] = arrays
+            return stacked
+        # As np.stack, which takes four times as long for a thousand short ones.
+        np.concatenate(arrays, out=out.reshape(len(arrays) * len(first), *first.shape[1:]))
         return stacked
     out.fill(fill)
     for row, array in zip(out, arrays, strict=True):

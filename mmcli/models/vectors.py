@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The name of the model input that is a vector already.
 VECTOR = "embedding"
-_BATCH = 1024
+_BATCH = 2048
 
 
 @dataclass(frozen=True, slots=True)

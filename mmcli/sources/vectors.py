@@ -57,7 +57,9 @@ class VectorSource:
             raise ConfigError(f"cannot read {self._name}: {one_line(str(error))}") from error
         self._names = _read_columns(schema, columns, self._name)
         # Of rows with several media: `text_embedding` is of the text.
-        self._slot = next((one for one in MODALITIES if columns.vector == f"{one}_embedding"), None)
+        slot = next((one for one in MODALITIES if columns.vector == f"{one}_embedding"), None)
+        self._media = {one: (Media(one),) for one in MODALITIES}
+        self._unnamed = (Media(slot),)
         self.keep = pa.schema([schema.field(old).with_name(new) for new, old in self._kept(schema.names)])
         self.embedding_size = self._size(schema.field(columns.vector).type)
 
@@ -120,21 +122,20 @@ class VectorSource:
         keep = zip(*kept, strict=True) if kept else repeat((), len(batch))
         vectors, errors = _vectors(cells[self.columns.vector], self.columns.vector, self.embedding_size)
         errors |= _errors(cells)
-        rows = zip(ids, paths, modalities, keep, strict=True)
-        for index, (name, path, modality, values) in enumerate(rows):
-            media = (Media(modality if modality in MODALITIES else self._slot),)
-            record = Record(first + index, name, path, media, values, (vectors[index],))
+        rows = zip(ids, paths, modalities, keep, vectors, strict=True)
+        for index, (name, path, modality, values, vector) in enumerate(rows):
+            media = self._media.get(modality, self._unnamed)
+            record = Record(first + index, name, path, media, values, (vector,))
             if index in errors:
                 # Its medium stays: it says what the vector was to be of.
                 record.variables, record.error = (), errors[index]
             yield record
 
     def _ids(self, cells: dict[str, pa.Array], first: int, count: int) -> Sequence[str]:
-        fallback = [f"{self._name}#{row}" for row in range(first, first + count)]
         if self.columns.id is None:
-            return fallback
+            return [f"{self._name}#{row}" for row in range(first, first + count)]
         found = cells[self.columns.id].to_pylist()
-        return [other if value in (None, "") else str(value) for value, other in zip(found, fallback, strict=True)]
+        return [f"{self._name}#{row}" if v in (None, "") else str(v) for row, v in enumerate(found, first)]
 
 
 @dataclass(slots=True)

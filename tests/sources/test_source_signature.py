@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmcli.core.errors import RowError
@@ -68,3 +69,18 @@ def test_error_records_have_none() -> None:
 
 def test_any_name() -> None:
     assert signature(replace(FILE, media=media(file="\udcff.jpg"), id="\ud800")) is not None
+
+
+def test_vectors() -> None:
+    """Every number counts, and so do their shape and type; a long one too."""
+    vector = np.arange(6000, dtype=np.float32)
+    last = vector.copy()
+    last[-1] += 1
+    zeros = np.zeros(4, np.float32)
+    others = [vector, last, vector[:512], vector.reshape(2, -1), zeros, zeros[:3], zeros.astype(np.float64)]
+    found = {signature(replace(FILE, variables=(one,))) for one in others}
+    assert len(found) == len(others)
+    assert signature(replace(FILE, variables=(vector.copy(),))) in found
+    assert signature(replace(FILE, variables=(zeros, vector))) != signature(
+        replace(FILE, variables=(vector, zeros))
+    )
