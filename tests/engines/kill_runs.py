@@ -29,7 +29,7 @@ FINISHED = 3  # there are error rows
 
 
 def make_inputs(folder: Path) -> None:
-    """400 rows of a manifest, 14 of them bad, then 23 files, two of them damaged."""
+    """400 rows of a manifest, 14 of them bad, then 23 files, two of them damaged; and six solved examples."""
     lines = []
     for i in range(400):
         text = json.dumps({"text": f"text number {i} " + "x" * (i * 37 % 50)})
@@ -42,6 +42,10 @@ def make_inputs(folder: Path) -> None:
     (media / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnot")
     (media / "empty.jpg").touch()
     (media / "t.txt").write_text("a text")
+    for label in ("cat", "dog"):
+        (folder / "solved" / label).mkdir(parents=True)
+        for i in range(3):
+            (folder / "solved" / label / f"{i}.txt").write_text(f"{label} number {i}")
 
 
 @dataclass
