@@ -151,7 +151,7 @@ def place_files(
     rows     from `labelled_rows`
 
     Failures are counted, and the first is kept; it is also in `Tally.failure` when nothing can be put there at all.
-    70 us a link, for the file system; a copy is synced to disk.
+    About 100 us a link, for the file system and the notes; a copy is synced to disk.
     """
     tally = Tally(into.copy)
     try:
