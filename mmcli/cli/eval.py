@@ -6,9 +6,10 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mmcli.evaluation.report import Report
     from mmcli.evaluation.tables import Table
     from mmcli.evaluation.vectors import Side
+    from mmcli.sinks.outputs import OutputInfo
 
 METRICS = ("classification", "caption", "vqa", "speech", "retrieval")
 TOKENIZE, NORMALIZE = ("coco", "whitespace"), ("basic", "none")
@@ -389,8 +391,8 @@ class _Retrieval:
 
 
 def _open(path: str) -> Table:
-    """An output of mmcli with what is known about its run, or any other table."""
-    from mmcli.evaluation.tables import arrow_columns, open_table
+    """An output of mmcli, finished or not, or any other table. Raises ConfigError."""
+    from mmcli.evaluation.tables import open_table
     from mmcli.sinks.outputs import read_output
 
     if not os.path.exists(path) and not os.path.exists(f"{path}.mmcli"):
@@ -398,23 +400,26 @@ def _open(path: str) -> Table:
     if path.lower().removesuffix(".gz").endswith((".json", ".csv", ".tsv")):
         return open_table(path)
     try:
-        info = read_output(path)
+        return _of_run(path, read_output(path))
     except (StateMismatch, ConfigError):
         if os.path.exists(os.path.join(path, "_SUCCESS.json")):
             raise
-        return open_table(path)
-    from mmcli.evaluation.tables import Table
+    return open_table(path)
 
-    def read(columns: Any) -> Any:
-        from mmcli.sinks.formats import load_format
-        from mmcli.sinks.rows import read_rows
 
-        vectors = [name for name in columns if name in found.vectors()]
-        if vectors and info.complete and info.format == "npy":
-            import pyarrow as pa
+def _of_run(path: str, info: OutputInfo) -> Table:
+    from mmcli.evaluation.tables import Batch, Table, arrow_columns
+    from mmcli.sinks.formats import load_format
+    from mmcli.sinks.rows import read_rows
 
-            schema = pa.schema([info.schema.field(name) for name in columns])
-            batches = load_format("npy").read(info.path, schema)
+    kinds = arrow_columns(info.schema)
+    # In clip-retrieval's layout vectors are not among the rows, but in arrays beside them.
+    apart = {name for name, kind in kinds.items() if kind == "vector"} if info.format == "npy" else set()
+
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        if info.complete and apart & set(columns):
+            schema = info.schema.empty_table().select(list(columns)).schema
+            batches = load_format(info.format).read(info.path, schema)
         else:
             batches = read_rows(info, columns)
         for batch in batches:
@@ -423,8 +428,7 @@ def _open(path: str) -> Table:
     expected = (info.job["inputs"] or {}).get("rows")
     total = f" of {expected:,}" if isinstance(expected, int) else ""
     notes = [] if info.complete else [f"the run is not finished: {info.rows:,}{total} rows are there"]
-    found = Table(path, arrow_columns(info.schema), read, job=info.job, notes=notes)
-    return found
+    return Table(path, kinds, read, job=info.job, notes=notes)
 
 
 def _open_truth(path: str) -> Table:

@@ -44,8 +44,8 @@ IDS = ("id", "question_id", "image_id", "file_name", "file", "path", "filename",
 class Columns:
     """Where a table has what.
 
-    answer, score, top_k, rejected, status, path   None where there is none
-    id                                             None: rows have no names
+    score, top_k, rejected, status, path   None where there is none, or where it does not matter
+    id                                     None: rows have no names
     """
 
     answer: str
@@ -120,8 +120,8 @@ def choose_columns(
     return Columns(
         answer=answer,
         id=id_column or id_of(table),
-        score=_there(table, f"{prefix}score"),
-        top_k=_there(table, f"{prefix}top_k"),
+        score=_there(table, f"{prefix}score") if kind == CLASSIFICATION else None,
+        top_k=_there(table, f"{prefix}top_k") if kind == CLASSIFICATION else None,
         rejected=_there(table, "rejected"),
         status=_there(table, "status"),
         path=_there(table, "path"),

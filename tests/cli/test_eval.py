@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -521,13 +524,32 @@ def test_broken_files(cli: Cli, tmp_path: Path, name: str, content: bytes, messa
     assert len(done.err.splitlines()) == 1
 
 
+def test_help_is_light() -> None:
+    """As the other commands': nothing heavy is imported to show it, nor to say what is missing."""
+    code = (
+        "import sys; from mmcli.cli.boundary import run; run(sys.argv[1:]); sys.stderr.write(' '.join(sys.modules))"
+    )
+    for arguments in (["eval", "--help"], ["eval"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        loaded = {name.split(".")[0] for name in done.stderr.split()}
+        assert "typer" in loaded
+        assert not loaded & {"numpy", "pyarrow", "sklearn", "scipy", "matplotlib", "jiwer", "torch", "transformers"}
+
+
+def test_a_score_that_is_no_number(cli: Cli, tmp_path: Path) -> None:
+    columns = {"id": ["1"], "label": ["a"], "caption": ["a b"], "right": ["a"], "score": ["high"]}
+    path = write(tmp_path / "p.parquet", columns)
+    done = cli("eval", path, "--truth", "right", "--metrics", "classification")
+    assert done.code == 2
+    assert "column score holds 'high', which is no number" in done.err
+    assert values(report(cli, path, "--truth", "right", "--metrics", "caption"))["bleu_1"] == pytest.approx(0.5)
+
+
 def test_without_matplotlib(classes: Path, tmp_path: Path) -> None:
     """As installed without the extra: reports work, and --plot says what to install before anything is read."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "matplotlib.py").write_text("raise ImportError('hidden')")
-    import os
-
     environment = {**os.environ, "PYTHONPATH": str(hidden)}
     plain = finished("eval", classes, "--truth", "right", "--bootstrap", 5, env=environment)
     assert plain.code == 0, plain.err
