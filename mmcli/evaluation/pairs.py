@@ -118,7 +118,8 @@ class FolderTruth:
         return [self.column]
 
     def of(self, batch: Batch, ids: Sequence[str]) -> list[list[str] | None]:
-        parents = [PurePosixPath(str(p or "").replace("\\", "/")).parent.name for p in values(batch[self.column])]
+        # A backslash is no separator here: it begins the escape of a byte that is not UTF-8.
+        parents = [PurePosixPath(str(p or "")).parent.name for p in values(batch[self.column])]
         return [[parent] if parent else None for parent in parents]
 
     def unused(self) -> int:
@@ -207,12 +208,14 @@ def collect(table: Table, columns: Columns, truth: Truth, kind: str) -> Pairs:
     several = table.columns[columns.answer] == "list"
     for batch in table.read(list(dict.fromkeys([*columns.names(), *truth.columns]))):
         _add(batch, columns, truth, pairs, names, several)
-        if columns.path is not None:
+        if kind == CAPTION and columns.path is not None:
             paths.update(values(batch[columns.path]))
     pairs.counts.repeated_ids = sum(n > 1 for n in names.values()) if columns.id is not None else 0
     pairs.counts.unused_truth = truth.unused()
     if not pairs.ids:
         raise ConfigError(_nothing(table, truth, pairs, names))
+    if kind != SPEECH:
+        _blank_is_none(pairs)
     if kind in (CLASSIFICATION, SPEECH) and not several:
         _check_single(pairs, kind)
     if kind == CAPTION and isinstance(truth, ColumnTruth):
@@ -291,6 +294,13 @@ def _nothing(table: Table, truth: Truth, pairs: Pairs, names: Counter[str]) -> s
             f"{truth.example()!r}; choose others with --id-column and --truth-id-column"
         )
     return f"no row of {table.name} has a truth: {truth.name} is empty everywhere"
+
+
+def _blank_is_none(pairs: Pairs) -> None:
+    """An empty cell, as a CSV has for null, is no answer; as a transcript it says that nothing was heard."""
+    for i, answer in enumerate(pairs.answers):
+        if isinstance(answer, str) and not answer.strip():
+            pairs.answers[i], pairs.lost[i] = None, "no_answer"
 
 
 def _check_single(pairs: Pairs, kind: str) -> None:

@@ -87,6 +87,24 @@ def test_names_of_folders(cli: Cli, classes: Path) -> None:
     assert values(report(cli, classes, "--truth-folder")) == values(report(cli, classes, "--truth", "right"))
 
 
+def test_folders_with_odd_names(cli: Cli, tmp_path: Path) -> None:
+    """A byte that is not UTF-8 is written with a backslash, and files may lie beside the folders."""
+    paths = ["/d/caf\\xe9/1.jpg", "/d/a b/2.jpg", "3.jpg"]
+    path = write(tmp_path / "p.parquet", {"id": ["1", "2", "3"], "path": paths, "label": ["caf\\xe9", "a b", "x"]})
+    found = report(cli, path, "--truth-folder")
+    assert values(found)["accuracy"] == 1
+    assert (found["rows"]["evaluated"], found["rows"]["without_truth"]) == (2, 1)
+
+
+def test_an_empty_cell_is_no_answer(cli: Cli, tmp_path: Path) -> None:
+    table = tmp_path / "p.csv"
+    table.write_text("id,label,caption,right\n1,cat,cat,cat\n2,,,dog\n")
+    found = report(cli, table, "--truth", "right", "--metrics", "classification")
+    assert (found["rows"]["no_answer"], [c["class"] for c in found["classes"]]) == (1, ["cat", "dog"])
+    assert report(cli, table, "--truth", "right", "--metrics", "caption")["rows"]["no_answer"] == 1
+    assert report(cli, table, "--truth", "right", "--metrics", "speech")["rows"]["no_answer"] == 0
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet", "json"])
 def test_a_file(cli: Cli, classes: Path, tmp_path: Path, suffix: str) -> None:
     """In another order, without one row and with one more."""
