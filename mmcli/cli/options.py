@@ -606,6 +606,13 @@ class OptimizationArguments:
     max_grad_norm: Annotated[
         str, _option(OPTIMIZATION, "--max-grad-norm", "X", "Gradients are scaled down to this norm; 0: never.")
     ] = "1"
+    lora_rank: Annotated[
+        str | None,
+        _option(OPTIMIZATION, "--lora-rank", "N", "Learn differences of this rank alone (LoRA); saved merged."),
+    ] = None
+    lora_alpha: Annotated[
+        str | None, _option(OPTIMIZATION, "--lora-alpha", "X", "Scale of the differences, over N [2 N].")
+    ] = None
     label_smoothing: Annotated[
         str, _option(OPTIMIZATION, "--label-smoothing", "SHARE", "Share of the target spread over all classes.")
     ] = "0"

@@ -184,6 +184,10 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         problems.collect(parse.choice, "--modality", training.modality, MODALITIES)
     batch_size = problems.collect(parse.number, "--batch-size", asked.batch_size, 1)
     pieces = problems.collect(parse.number, "--gradient-accumulation-steps", asked.gradient_accumulation_steps, 1)
+    if asked.lora_alpha is not None and asked.lora_rank is None:
+        problems.add("--lora-alpha goes with --lora-rank N")
+    if asked.precision == "fp16" and given.model.device == "cpu":
+        problems.add("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     if batch_size is not None and pieces is not None and pieces > batch_size:
         problems.add(f"--gradient-accumulation-steps {pieces}: a batch has {batch_size} rows")
     limit = problems.collect(parse.decimal, "--max-grad-norm", asked.max_grad_norm)
@@ -207,6 +211,8 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "patience": _optional(problems, parse.number, "--early-stopping", asked.early_stopping, 1),
         "eval_steps": _optional(problems, parse.number, "--eval-steps", asked.eval_steps, 1),
         "balance": training.balance,
+        "lora_rank": _optional(problems, parse.number, "--lora-rank", asked.lora_rank, 1),
+        "lora_alpha": _optional(problems, parse.decimal, "--lora-alpha", asked.lora_alpha),
         "augment": problems.collect(parse.choice, "--augment", training.augment, tuple(AUGMENTS)),
         "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
     }
@@ -316,7 +322,8 @@ def _is_complete(command: Command, overwrite: bool, messages: Messages) -> bool:
     """Whether there is nothing to do; else the folder is made ready. Raises StateMismatch for another run's."""
     run = command.run
     known = read_json(run / RUN_FILE)
-    if known is not None and not overwrite:
+    begun = known is not None and (known.get("complete") or (run / "checkpoint").exists())
+    if known is not None and begun and not overwrite:
         if changed := differences(known["job"], command.job.to_dict()):
             raise StateMismatch(
                 f"{run} is of another run: {'; '.join(changed[:8])}",
@@ -360,7 +367,7 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
         progress = trainer.train()
     _finish(command, trainer, progress)
     if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
-        messages.note("no curves.png: pip install matplotlib")
+        messages.note("no curves.png: pip install 'mmcli[finetune]'")
     messages.note(
         f"{command.run}/best: {command.objective.metric} {progress.best:.4f} at step {progress.best_step} of "
         f"{progress.step}"

@@ -19,6 +19,7 @@ from mmcli.core.errors import ExitCode, ModelError, Stopped, TryAgain
 from mmcli.training.checkpoints import Parts, Progress, load_checkpoint, save_checkpoint
 from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
 from mmcli.training.log import MetricsLog
+from mmcli.training.lora import Lora
 from mmcli.training.objective import Objective
 from mmcli.training.optimizer import MovingAverage, freeze, optimizer, rate
 from mmcli.training.options import TrainOptions
@@ -74,6 +75,7 @@ class Trainer:
     events: Events
     device: torch.device
     progress: Progress = field(default_factory=Progress)
+    _lora: Lora | None = None
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOG_STEPS))
 
     def train(self) -> Progress:
@@ -99,12 +101,16 @@ class Trainer:
 
     def _make_parts(self) -> Parts:
         model = self.objective.build(self.device)
-        freeze(model, self.options.freeze)
+        new, options = self.objective.new_weights(), self.options
+        if options.lora_rank is not None:
+            self._lora = Lora(model, options.lora_rank, options.lora_alpha, new)
+            new = self._lora.new
+        freeze(model, options.freeze)
         if self.options.gradient_checkpointing:
             _checkpoint_gradients(model)
         average = MovingAverage(model, self.options.ema) if self.options.ema is not None else None
         scaler = torch.amp.grad_scaler.GradScaler(self.device.type) if self.options.precision == "fp16" else None
-        return Parts(model, optimizer(model, self.options, self.objective.new_weights()), average, scaler)
+        return Parts(model, optimizer(model, self.options, new), average, scaler)
 
     def _epochs(self) -> None:
         while self.progress.step < self.steps and not self._gives_up:
@@ -235,8 +241,9 @@ class Trainer:
             self._save_model(name)
 
     def _save_model(self, name: str) -> None:
+        model = self._parts.model if self._lora is None else self._lora.merged()
         with output_errors(self.run / name):
-            swap_folder(self.run / name, lambda folder: self.objective.save(self._parts.model, folder))
+            swap_folder(self.run / name, lambda folder: self.objective.save(model, folder))
 
     def _checkpoint(self) -> None:
         save_checkpoint(self.run / CHECKPOINT, self._parts, self.progress)

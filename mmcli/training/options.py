@@ -29,6 +29,8 @@ class TrainOptions:
     patience       evaluations without a better metric after which training stops; None: never
     eval_steps     steps between evaluations; None: after each epoch
     balance        rows are drawn so that all classes come equally often
+    lora_rank      linear layers learn a difference of this rank (Hu et al. 2021), scaled by lora_alpha / lora_rank
+                   (None: 2), and of all else new weights alone learn; None: all weights do
     modality_dropout  share of the modalities that are left out of rows of several, at random
     """
 
@@ -52,6 +54,8 @@ class TrainOptions:
     eval_steps: int | None = None
     balance: bool = False
     modality_dropout: float = 0.0
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
     augment: str = "none"
     seed: int = 0
 

@@ -310,6 +310,42 @@ def test_frozen_parts_stay(tmp_path: Path, pictures: tuple[Path, Path]) -> None:
         freeze(model, ["text"])
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit", "wav2vec2-layer", "convnext"])
+def test_merged_differences_of_low_rank_equal_those_beside(tmp_path: Path, kind: str) -> None:
+    """After some steps, and nothing but the differences and the head has changed."""
+    base = BUILDERS[kind](tmp_path / "base")
+    rows = rows_of(kind, tmp_path, 9)
+    options = TrainOptions(epochs=2, batch_size=3, learning_rate=1e-2, lora_rank=3, warmup=0.0)
+    objective = objective_of(base)
+    trainer = trainer_of(tmp_path / "run", objective, rows, rows, options)
+    trainer.train()
+    beside = trainer._parts.model.eval()
+    merged = objective_of(tmp_path / "run" / "last").build(torch.device("cpu")).eval()
+    items = [Rows(rows, objective.plan, 0)[(0, row)] for row in range(9)]
+    (piece,) = objective.collate(items, 1)
+    with torch.inference_mode():
+        for part in piece:
+            found, wanted = objective._logits(merged, part), objective._logits(beside, part)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    before, after = weights(base), weights(tmp_path / "run" / "last")
+    prefix = {"wav2vec2-layer": "wav2vec2"}.get(kind, kind)
+    shared = {name for name in before if f"{prefix}.{name}" in after}
+    same = {name for name in shared if torch.equal(after[f"{prefix}.{name}"], before[name])}
+    assert len(shared) > 10
+    changed = shared - same
+    assert changed
+    assert all(before[name].ndim == 2 for name in changed)
+
+
+def test_a_run_of_low_rank_goes_on_exactly(tmp_path: Path, pictures: tuple[Path, Path]) -> None:
+    options = replace(OPTIONS, lora_rank=2)
+    run_of(tmp_path / "whole", pictures, options=options).train()
+    with pytest.raises(Stopped):
+        run_of(tmp_path / "run", pictures, stop_after(6), options).train()
+    run_of(tmp_path / "run", pictures, options=options).train()
+    assert_same_weights(tmp_path / "run" / "best", tmp_path / "whole" / "best")
+
+
 def test_the_moving_average() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 0.0)
