@@ -107,7 +107,7 @@ def resolve_classifier(
         return on_vectors(resolve_fake(options), options, wanted, solved, given)
     if options.model.startswith(endpoint.PREFIX):
         if solved is not None or given:
-            raise ConfigError(f"-m {options.model}: a server gives no vectors; choose another model for --examples")
+            raise ConfigError(f"-m {options.model}: a server gives no vectors to compare; choose another model")
         return _choosing(endpoint.resolve_endpoint(options, _asked(options.model, wanted)), wanted)
     return _checkpoint(options, wanted, solved, given)
 
@@ -128,25 +128,20 @@ def _checkpoint(
         if _writes(checkpoint, "ask"):
             generation = _asked(options.model, wanted)
             return _choosing(families.plan_writer(options, generation), wanted)
-    if _writes(checkpoint, "caption") and not _writes(checkpoint, "ask"):
+    _check_gives_vectors(checkpoint, solved)
+    return on_vectors(families.plan_vectors(checkpoint, options, dtype), options, wanted, solved, given)
+
+
+def _check_gives_vectors(checkpoint: Checkpoint, solved: Solved | None) -> None:
+    """Raise ConfigError for a model that writes: its weights are not those that vectors need."""
+    if _writes(checkpoint, "ask"):
+        way = "mmcli ask --choices shows examples to such a model" if solved else "give it the inputs themselves"
+        raise ConfigError(f"-m {checkpoint.id}: it writes, and gives no vectors to compare; {way}")
+    if _writes(checkpoint, "caption"):
         raise ConfigError(
             f"-m {checkpoint.id}: it writes captions (mmcli caption) and compares nothing with labels; "
             "take a model such as CLIP, or one that answers questions"
         )
-    try:
-        base = families.plan_vectors(checkpoint, options, dtype)
-    except ConfigError as error:
-        raise _unsupported(checkpoint, solved, error) from error
-    return on_vectors(base, options, wanted, solved, given)
-
-
-def _unsupported(checkpoint: Checkpoint, solved: Solved | None, error: ConfigError) -> ConfigError:
-    if solved is not None and _writes(checkpoint, "ask"):
-        return ConfigError(
-            f"-m {checkpoint.id}: it writes and gives no vectors, which --examples are compared by; "
-            "mmcli ask --choices shows examples to such a model"
-        )
-    return error
 
 
 def _writes(checkpoint: Checkpoint, task: Task) -> bool:

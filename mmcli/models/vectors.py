@@ -126,7 +126,8 @@ class VectorRunner:
         if self._base.conditioned is not None:
             self._prompts = features, owners
             return
-        vectors = zero_shot.label_vectors(features, owners, len(prompts))
+        # On the host, which adds in one order: on a GPU a run that goes on would have other last bits.
+        vectors = zero_shot.label_vectors(features.cpu(), owners.cpu(), len(prompts)).to(self.device)
         self._head = zero_shot.zero_shot_head(self._plan.labels, vectors, self._base.similarity)
 
     def collate(self, samples: Sequence[Sample]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import wave
 from collections import Counter
 from pathlib import Path
@@ -263,6 +264,36 @@ def test_vectors_are_classified_in_parts_and_resumed(cli: Cli, tmp_path: Path) -
     assert labels == ["y" if row % 3 == 0 else "x" if row % 3 == 2 else labels[1] for row in range(5000)]
 
 
+def test_an_interrupt_while_examples_are_looked_at(animals: Path, tmp_path: Path) -> None:
+    from cli_runs import process
+
+    folder, out = solved_texts(tmp_path / "solved"), tmp_path / "out.parquet"
+    slow = ("-m", "fake:16,ms=2000", "--batch-size", "1", "--num-workers", "0", "--examples", folder, "-o", out)
+    with process("classify", animals, "--text-column", "text", *slow) as run:
+        assert run.stderr is not None
+        while b"2 examples of 2 labels" not in run.stderr.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        err = run.stderr.read().decode()
+    assert run.returncode == 130
+    assert "interrupted; 0 of 5 rows are safe" in err
+    assert not out.exists()
+
+
+def test_options_from_variables_and_a_file(
+    cli: Cli, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.toml").write_text('model = "fake:16"\ntemplates = "none"\nlabels = "cat,bird"\ntop-k = 1\n')
+    monkeypatch.setenv("MMCLI_LABELS", "dog,cat")
+    monkeypatch.setenv("MMCLI_MIN_SCORE", "0.9")
+    done = cli("classify", animals, "--text-column", "text", "--config", tmp_path / "run.toml")
+    assert done.code == 0, done.err
+    found = rows(done.out)
+    # A variable wins over the file.
+    assert [row["label"] for row in found] == ["dog", "cat", None, "cat", "dog"]
+    assert [len(row["top_k"]) for row in found] == [1] * 5
+
+
 # ------------------------------------------------------------------------------------- solved examples
 
 
@@ -436,6 +467,7 @@ IMAGES, CLIP, VQA = "sample_data/images", "sample_data/models/clip", "sample_dat
         (["-m", CLIP, "--labels", "a,b", "--label-column", "x"], ["--label-column x: there are no --examples"]),
         (["-m", CLIP, "--labels", "a,b", "--vector-column", "v", "--image-column", "x"], ["exclude one another"]),
         (["-m", VQA, "--labels", "a,b", "--save-labels", "x.parquet"], ["compares no vectors"]),
+        (["-m", VQA, "--examples", "solved"], ["it writes, and gives no vectors to compare; mmcli ask --choices"]),
         (["-m", VQA, "--labels", "a,b", "--question", "{x}?"], ["{x} is no variable of it"]),
         (["-m", VQA, "--labels", "a,b", "--template", "{}"], ["say it with --question"]),
         (["-m", "sample_data/models/captioner", "--labels", "a,b"], ["it writes captions (mmcli caption)"]),
@@ -447,9 +479,15 @@ IMAGES, CLIP, VQA = "sample_data/images", "sample_data/models/clip", "sample_dat
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_runs(
-    cli: Cli, sample_data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: list[str]
+    cli: Cli,
+    sample_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: list[str],
 ) -> None:
     monkeypatch.chdir(sample_data.parent)
+    arguments = [str(solved_texts(tmp_path / one)) if one == "solved" else one for one in arguments]
     done = cli("classify", IMAGES, *arguments)
     assert done.code == 2
     for text in said:
