@@ -526,7 +526,7 @@ class TrainingArguments:
     """What is learned, and from what."""
 
     objective: Annotated[
-        str, _option(TRAINING, "--objective", "NAME", "What is learned: classify, of one modality.")
+        str, _option(TRAINING, "--objective", "NAME", "What is learned: classify, or contrastive.")
     ] = "classify"
     val: Annotated[
         list[str] | None,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from mmcli.cli import parse
 from mmcli.cli.boundary import guard
 from mmcli.cli.environment import prepare_environment
 from mmcli.cli.messages import Messages
+from mmcli.cli.objectives import RECIPES, Given, Listed, Recipe, list_rows
 from mmcli.cli.options import (
     InputArguments,
     MessageArguments,
@@ -26,29 +25,18 @@ from mmcli.cli.options import (
 from mmcli.cli.parse import Problems
 from mmcli.cli.signals import Signals
 from mmcli.core.durable import make_folder, output_errors, read_json, remove, write_durably, write_json
-from mmcli.core.errors import ConfigError, ExitCode, StateMismatch
+from mmcli.core.errors import ExitCode, StateMismatch
 from mmcli.core.job import Job, differences
-from mmcli.core.records import MODALITIES, Modality, Record
+from mmcli.core.records import MODALITIES
 
 if TYPE_CHECKING:
     from mmcli.models.options import ModelOptions
-    from mmcli.training.classify import Classify
     from mmcli.training.data import Row
     from mmcli.training.loop import Trainer
+    from mmcli.training.objective import Objective
     from mmcli.training.options import TrainOptions
 
 RUN_FILE, CONFIG_FILE, CURVES_FILE = "run.json", "config.toml", "curves.png"
-_NAMED = 3
-
-
-@dataclass(slots=True)
-class Listed:
-    """Rows with their labels, before anything is opened. `digest`: over all of it."""
-
-    records: list[Record]
-    labels: list[str]
-    digest: str
-    modalities: dict[Modality | None, int]
 
 
 @dataclass(slots=True)
@@ -57,7 +45,7 @@ class Command:
 
     train: Listed
     val: Listed
-    objective: Classify
+    objective: Objective
     options: TrainOptions
     job: Job
     run: Path
@@ -65,18 +53,6 @@ class Command:
     timeout_s: float
     checkpoint_s: float
     time_limit_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """The options of a command."""
-
-    inputs: InputArguments
-    model: ModelArguments
-    training: TrainingArguments
-    optimization: OptimizationArguments
-    run: TrainingRunArguments
-    messages: MessageArguments
 
 
 def execute_training(
@@ -128,17 +104,22 @@ def _check(given: Given, messages: Messages) -> Command:
     limit = given.run.time_limit
     time_limit_s = problems.collect(parse.duration, "--time-limit", limit) if limit else None
     workers = problems.collect(parse.count_or_auto, "--num-workers", given.run.num_workers, 0)
-    train = problems.collect(_listed, given, tuple(given.inputs.inputs or ()), "INPUT")
-    if not given.training.val:
-        problems.add("no validation rows given; add --val, a folder or manifest like INPUT")
-        val = None
+    recipe = RECIPES.get(given.training.objective)
+    labelled = recipe is None or recipe.labelled
+    train = problems.collect(list_rows, given, tuple(given.inputs.inputs or ()), "INPUT", labelled)
+    val = None
+    if given.training.val:
+        val = problems.collect(list_rows, given, tuple(given.training.val), "--val", labelled)
     else:
-        val = problems.collect(_listed, given, tuple(given.training.val), "--val")
-    labels = _labels(train, val, messages, problems)
+        problems.add("no validation rows given; add --val, a folder or manifest like INPUT")
+    if recipe is not None and train is not None:
+        recipe.check(train, val, messages, problems)
+    metric = _metric(given, recipe, problems)
     model = _model_options(given, problems)
     objective = None
-    if model is not None and train is not None and labels and options is not None:
-        objective = problems.collect(_objective, given, model, labels, train, options)
+    if None not in (model, train, options, recipe) and not problems.lines:
+        assert recipe is not None
+        objective = problems.collect(recipe.make, given, model, train, options, metric)
     problems.check()
     assert train is not None
     assert val is not None
@@ -146,8 +127,9 @@ def _check(given: Given, messages: Messages) -> Command:
     assert objective is not None
     assert run is not None
     told = {**options.describe(), "objective": given.training.objective, "from_config": given.training.from_config}
-    told |= {"missing_policy": given.training.missing_policy}
+    told |= {"missing_policy": given.training.missing_policy, "metric": metric}
     inputs = {"train": train.digest, "val": val.digest, "rows": len(train.records), "val_rows": len(val.records)}
+    inputs["labels"] = digest_of(train.labels + val.labels)
     job = Job("finetune", objective.plan.describe(), told, inputs)
     automatic = max(1, min(8, parse.available_cores()))
     return Command(
@@ -178,7 +160,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
     from mmcli.training.options import TrainOptions
 
     asked, training, before = given.optimization, given.training, len(problems.lines)
-    problems.collect(parse.choice, "--objective", training.objective, ("classify",))
+    problems.collect(parse.choice, "--objective", training.objective, tuple(RECIPES))
     problems.collect(parse.choice, "--missing-policy", training.missing_policy, ("error", "drop"))
     if training.modality is not None:
         problems.collect(parse.choice, "--modality", training.modality, MODALITIES)
@@ -219,6 +201,14 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
     return TrainOptions(**values) if len(problems.lines) == before else None
 
 
+def _metric(given: Given, recipe: Recipe | None, problems: Problems) -> str:
+    if recipe is None:
+        return ""
+    metric = given.optimization.metric or recipe.metrics[0]
+    problems.collect(parse.choice, "--metric", metric, recipe.metrics)
+    return metric
+
+
 def _optional(problems: Problems, function: Any, option: str, text: str | None, *more: Any) -> Any:
     return None if text is None else problems.collect(function, option, text, *more)
 
@@ -232,87 +222,6 @@ def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
         problems.add("--dtype and --compile are of other commands; weights are float32 here: --precision bf16")
     arguments = Arguments(given.inputs, given.model, OutputArguments(), RunArguments(), given.messages)
     return model_options(arguments, problems, "google/vit-base-patch16-224-in21k")
-
-
-def _objective(
-    given: Given, model: ModelOptions, labels: Sequence[str], train: Listed, options: TrainOptions
-) -> Classify:
-    from mmcli.models.checkpoint import open_checkpoint
-    from mmcli.models.device import check_device
-    from mmcli.training.classify import Classify, classification_plan
-
-    check_device(model.device)
-    checkpoint = open_checkpoint(model)
-    wanted = given.training.modality or _modality(train)
-    plan = classification_plan(checkpoint, model, labels, wanted)  # type: ignore[arg-type]
-    metric = given.optimization.metric or "accuracy"
-    parse.choice("--metric", metric, ("accuracy", "mean_per_class"))
-    return Classify(plan, options.label_smoothing, given.training.from_config, metric=metric)
-
-
-def _modality(listed: Listed) -> Modality | None:
-    """That of all rows, by their names or columns; None when it cannot be told."""
-    there = {modality for modality, count in listed.modalities.items() if count}
-    return next(iter(there)) if len(there) == 1 else None
-
-
-def _labels(train: Listed | None, val: Listed | None, messages: Messages, problems: Problems) -> tuple[str, ...]:
-    """The classes, in order. Problems are added: of one class, and of labels that only validation rows have."""
-    if train is None:
-        return ()
-    counts = Counter(train.labels)
-    if len(counts) < 2:
-        problems.add(f"INPUT: all rows have the label {train.labels[0]!r}; two are needed to tell them apart")
-    if val is not None and (unknown := sorted(set(val.labels) - set(counts))):
-        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
-        shown = ", ".join(map(repr, unknown[:_NAMED]))
-        problems.add(f"--val: no training row has the label {shown}{more}; nothing can be learned about it")
-    if alone := [name for name, count in counts.items() if count == 1]:
-        messages.note(f"{len(alone)} labels have one training row: {', '.join(alone[:_NAMED])}")
-    return tuple(sorted(counts))
-
-
-def _listed(given: Given, inputs: tuple[str, ...], what: str) -> Listed:
-    """The rows of some inputs. Raises ConfigError."""
-    from mmcli.cli.support import label_of
-    from mmcli.sources.open import SourceOptions, open_source
-
-    if not inputs:
-        raise ConfigError(f"no {what} given; a folder with a folder for each label, or a manifest")
-    asked, column = given.inputs, given.training.label_column
-    folders = [name for name in inputs if os.path.isdir(name)]
-    manifests = len(folders) < len(inputs)
-    if folders and manifests:
-        raise ConfigError(f"{what}: give folders or manifests, not both")
-    options = SourceOptions(
-        inputs=inputs,
-        glob=tuple(asked.glob or ()),
-        image_column=asked.image_column,
-        audio_column=asked.audio_column,
-        video_column=asked.video_column,
-        text_column=asked.text_column,
-        path_column=asked.path_column,
-        id_column=asked.id_column,
-        variables=(column,) if manifests else (),
-        variables_said=(f"--label-column {column}",) if manifests else (),
-        hidden=asked.hidden,
-        follow_symlinks=asked.follow_symlinks,
-        input_format=asked.input_format,
-    )
-    source = open_source(options)
-    with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:
-        snapshot = source.snapshot(Path(folder))
-        records = list(source.records())
-    labels = [label_of(record, "manifest" if manifests else "folder") for record in records]
-    bad = [record.id for record, label in zip(records, labels, strict=True) if label is None]
-    if not records:
-        raise ConfigError(f"{what}: there are no rows in {' '.join(inputs)}")
-    if bad:
-        why = f"have no {column!r}" if manifests else "lie in no label's folder"
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        raise ConfigError(f"{what}: {', '.join(bad[:_NAMED])}{more} {why}")
-    found = [str(label) for label in labels]
-    return Listed(records, found, f"{snapshot.digest}", dict(snapshot.modalities))
 
 
 # ------------------------------------------------------------------------------------------- running
@@ -361,7 +270,7 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
     limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
     lines = _Lines(messages, command.objective.metric)
     events = Events(lines, lambda: stop[0] if stop else None)
-    device = torch.device(choose_device(plan.device)[0])
+    device = torch.device(choose_device(given.model.device)[0])
     trainer = Trainer(command.run, command.objective, data, options, limits, events, device)
     with signals.asking(stop.append):
         progress = trainer.train()
@@ -391,11 +300,11 @@ def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list
     from mmcli.cli.preflight import Preflight
     from mmcli.training.data import Row
 
-    index = {label: number for number, label in enumerate(command.objective.plan.labels)}
+    recipe = RECIPES[command.objective.name]
 
     def rows(listed: Listed) -> list[Row]:
-        pairs = zip(listed.records, listed.labels, strict=True)
-        return [Row(r.id, r.media, index[label], ()) for r, label in pairs]
+        pairs = zip(listed.records, recipe.targets(listed, command.objective), strict=True)
+        return [Row(record.id, record.media, target) for record, target in pairs]
 
     preflight = Preflight(command.objective.plan, command.num_workers, command.timeout_s, messages)
     found = preflight.check(
@@ -420,6 +329,11 @@ def _write_config(given: Given, command: Command) -> None:
     path = command.run / CONFIG_FILE
     with output_errors(path):
         write_durably(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def digest_of(labels: Sequence[str]) -> str:
+    """Of labels, in the order of their rows."""
+    return blake2b(repr(labels).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _toml(value: Any) -> str:

@@ -153,13 +153,23 @@ def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: DualEnc
 
 def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
     """The towers of a loaded model, one per modality."""
+    from mmcli.models.runner import load_model
+
+    return towers_of(load_model(model_class_of(plan.detail), plan, device), plan)
+
+
+def model_class_of(row: DualEncoder) -> Any:
+    """The transformers class that loads it."""
     import transformers
 
-    from mmcli.models.runner import Loaded, load_model
+    return getattr(transformers, row.model_class or "AutoModel")
+
+
+def towers_of(model: Any, plan: EmbeddingPlan) -> Loaded:
+    """The towers of a model, one per modality."""
+    from mmcli.models.runner import Loaded
 
     row: DualEncoder = plan.detail
-    model_class = getattr(transformers, row.model_class or "AutoModel")
-    model = load_model(model_class, plan, device)
     if row.model_class == "BlipForImageTextRetrieval":
         towers: dict[Modality, Tower] = {"text": _blip_text(model), "image": _blip_image(model)}
     else:

@@ -132,6 +132,12 @@ class Classify:
         """The head's."""
         return self._new
 
+    def adapted(self, model: nn.Module) -> None:
+        """Nothing: the head is new."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing."""
+
     def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
         """Rows in `pieces` pieces of about equal size, each in as many batches as its shapes need."""
         size = -(-len(items) // pieces)

@@ -106,6 +106,7 @@ class Trainer:
             self._lora = Lora(model, options.lora_rank, options.lora_alpha, new)
             new = self._lora.new
         freeze(model, options.freeze)
+        self.objective.adapted(model)
         if self.options.gradient_checkpointing:
             _checkpoint_gradients(model)
         average = MovingAverage(model, self.options.ema) if self.options.ema is not None else None
@@ -152,6 +153,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._not_finite(loss)
         norm = self._update()
+        self.objective.after_step(parts.model)
         progress.step, progress.epoch_step = progress.step + 1, progress.epoch_step + 1
         if parts.average is not None:
             parts.average.update(parts.model, progress.step)

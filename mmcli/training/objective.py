@@ -51,6 +51,14 @@ class Objective(Protocol):
         """
         ...
 
+    def adapted(self, model: torch.nn.Module) -> None:
+        """Called once weights are frozen: let learn what must."""
+        ...
+
+    def after_step(self, model: torch.nn.Module) -> None:
+        """Called after each optimizer step."""
+        ...
+
     def evaluate(self, model: torch.nn.Module, batches: Any) -> dict[str, float]:
         """Metrics of the validation rows. `batches`: collated, in order."""
         ...

@@ -1,0 +1,238 @@
+"""What each objective of `mmcli finetune` wants of rows, and makes of the base: one class, one row of a table."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmcli.cli.messages import Messages
+from mmcli.cli.options import (
+    InputArguments,
+    MessageArguments,
+    ModelArguments,
+    OptimizationArguments,
+    TrainingArguments,
+    TrainingRunArguments,
+)
+from mmcli.cli.parse import Problems
+from mmcli.cli.support import label_of
+from mmcli.core.errors import ConfigError
+from mmcli.core.records import Modality, Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mmcli.models.options import ModelOptions
+    from mmcli.training.objective import Objective
+    from mmcli.training.options import TrainOptions
+
+_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The options of a command."""
+
+    inputs: InputArguments
+    model: ModelArguments
+    training: TrainingArguments
+    optimization: OptimizationArguments
+    run: TrainingRunArguments
+    messages: MessageArguments
+
+
+@dataclass(slots=True)
+class Listed:
+    """Rows before anything is opened. `labels`: of each, where the objective has them; `digest`: over all of it."""
+
+    records: list[Record]
+    labels: list[str]
+    digest: str
+    modalities: dict[Modality | None, int]
+    slots: tuple[str, ...]
+
+
+class Recipe(Protocol):
+    """How an objective is made.
+
+    labelled  rows have labels
+    metrics   those that the best may be chosen by, the usual one first
+    """
+
+    labelled: bool
+    metrics: tuple[str, ...]
+
+    def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
+        """Add what is wrong with the rows."""
+        ...
+
+    def make(
+        self, given: Given, model: ModelOptions, train: Listed, options: TrainOptions, metric: str
+    ) -> Objective:
+        """The objective. Raises ConfigError, TryAgain."""
+        ...
+
+    def targets(self, listed: Listed, objective: Objective) -> list[Any]:
+        """What rows have to be."""
+        ...
+
+
+class ClassifyRecipe:
+    """Of *classify*."""
+
+    labelled = True
+    metrics: tuple[str, ...] = ("accuracy", "mean_per_class")
+
+    def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
+        """Two labels at least, and none that only validation rows have."""
+        _classes(train, val, messages, problems)
+
+    def make(
+        self, given: Given, model: ModelOptions, train: Listed, options: TrainOptions, metric: str
+    ) -> Objective:
+        """The base with a head for the labels of the training rows."""
+        from mmcli.models.checkpoint import open_checkpoint
+        from mmcli.models.device import check_device
+        from mmcli.training.classify import Classify, classification_plan
+
+        check_device(model.device)
+        wanted = given.training.modality or _modality(train)
+        names = sorted(set(train.labels))
+        plan = classification_plan(open_checkpoint(model), model, names, wanted)  # type: ignore[arg-type]
+        return Classify(plan, options.label_smoothing, given.training.from_config, metric=metric)
+
+    def targets(self, listed: Listed, objective: Any) -> list[Any]:
+        """Indices of labels."""
+        index = {label: number for number, label in enumerate(objective.plan.labels)}
+        return [index[label] for label in listed.labels]
+
+
+class ContrastiveRecipe:
+    """Of *contrastive*."""
+
+    labelled = False
+    metrics: tuple[str, ...] = ("r_at_1", "r_at_5", "r_at_10")
+
+    def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
+        """Two media in every row."""
+        for what, listed in (("INPUT", train), ("--val", val)):
+            if listed is not None and len(listed.slots) != 2:
+                problems.add(
+                    f"{what}: --objective contrastive learns which of two media belong together; name two columns "
+                    "of a manifest, such as --image-column image --text-column caption"
+                )
+
+    def make(
+        self, given: Given, model: ModelOptions, train: Listed, options: TrainOptions, metric: str
+    ) -> Objective:
+        """The dual encoder as it is."""
+        from mmcli.models.resolve import resolve
+        from mmcli.training.contrastive import Contrastive, check_base
+
+        plan: Any = resolve(model)
+        check_base(plan, train.slots)  # type: ignore[arg-type]
+        if options.label_smoothing or options.balance:
+            raise ConfigError(
+                "--label-smoothing and --balance are of labels, which --objective contrastive has not"
+            )
+        return Contrastive(plan, train.slots, measure_retrieval, given.training.from_config, metric=metric)  # type: ignore[arg-type]
+
+    def targets(self, listed: Listed, objective: Any) -> list[Any]:
+        """Rows with an equal medium belong together."""
+        from mmcli.training.contrastive import group_rows
+
+        return group_rows([record.media for record in listed.records])
+
+
+RECIPES: dict[str, Recipe] = {"classify": ClassifyRecipe(), "contrastive": ContrastiveRecipe()}
+
+
+def measure_retrieval(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """R@1, R@5 and R@10, the mean of both ways; median rank, the worse of both; and the modality gap.
+
+    As `mmcli eval` has them: hits of any that belongs to the query, ties against the model. The gap is the distance
+    between the means of unit vectors (Liang et al. 2022, "Mind the gap").
+    """
+    import numpy as np
+
+    from mmcli.evaluation.retrieval import CUTOFFS, Items, ranks
+
+    forward, backward = ranks(Items.of(a, groups), Items.of(b, groups))
+    found = {f"r_at_{k}": float((np.mean(forward <= k) + np.mean(backward <= k)) / 2) for k in CUTOFFS}
+    units = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in (a, b)]
+    gap = float(np.linalg.norm(units[0].mean(axis=0) - units[1].mean(axis=0)))
+    return {**found, "median_rank": float(max(np.median(forward), np.median(backward))), "modality_gap": gap}
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def list_rows(given: Given, inputs: tuple[str, ...], what: str, labelled: bool) -> Listed:
+    """The rows of some inputs; `labelled`: each has to have a label. Raises ConfigError."""
+    from mmcli.sources.open import SourceOptions, open_source
+
+    if not inputs:
+        hint = "a folder with a folder for each label, or a manifest" if labelled else "a manifest with two media"
+        raise ConfigError(f"no {what} given; {hint}")
+    asked, column = given.inputs, given.training.label_column
+    folders = [name for name in inputs if os.path.isdir(name)]
+    manifests = len(folders) < len(inputs)
+    if folders and manifests:
+        raise ConfigError(f"{what}: give folders or manifests, not both")
+    options = SourceOptions(
+        inputs=inputs,
+        glob=tuple(asked.glob or ()),
+        image_column=asked.image_column,
+        audio_column=asked.audio_column,
+        video_column=asked.video_column,
+        text_column=asked.text_column,
+        path_column=asked.path_column,
+        id_column=asked.id_column,
+        variables=(column,) if manifests and labelled else (),
+        variables_said=(f"--label-column {column}",) if manifests and labelled else (),
+        hidden=asked.hidden,
+        follow_symlinks=asked.follow_symlinks,
+        input_format=asked.input_format,
+    )
+    source = open_source(options)
+    with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:
+        snapshot = source.snapshot(Path(folder))
+        records = list(source.records())
+    if not records:
+        raise ConfigError(f"{what}: there are no rows in {' '.join(inputs)}")
+    labels = _labels_of(records, "manifest" if manifests else "folder", column, what) if labelled else []
+    return Listed(records, labels, snapshot.digest, dict(snapshot.modalities), source.slots)
+
+
+def _labels_of(records: Sequence[Record], kind: str, column: str, what: str) -> list[str]:
+    labels = [label_of(record, kind) for record in records]
+    bad = [record.id for record, label in zip(records, labels, strict=True) if label is None]
+    if bad:
+        why = f"have no {column!r}" if kind == "manifest" else "lie in no label's folder"
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise ConfigError(f"{what}: {', '.join(bad[:_NAMED])}{more} {why}")
+    return [str(label) for label in labels]
+
+
+def _classes(train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
+    """Add problems: of one class, and of labels that only validation rows have."""
+    counts = Counter(train.labels)
+    if len(counts) < 2:
+        problems.add(f"INPUT: all rows have the label {train.labels[0]!r}; two are needed to tell them apart")
+    if val is not None and (unknown := sorted(set(val.labels) - set(counts))):
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        shown = ", ".join(map(repr, unknown[:_NAMED]))
+        problems.add(f"--val: no training row has the label {shown}{more}; nothing can be learned about it")
+    if alone := [name for name, count in counts.items() if count == 1]:
+        messages.note(f"{len(alone)} labels have one training row: {', '.join(alone[:_NAMED])}")
+
+
+def _modality(listed: Listed) -> Modality | None:
+    """That of all rows, by their names or columns; None when it cannot be told."""
+    there = {modality for modality, count in listed.modalities.items() if count}
+    return next(iter(there)) if len(there) == 1 else None

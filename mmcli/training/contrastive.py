@@ -1,0 +1,223 @@
+"""The objective *contrastive*: two modalities in one space, where rows belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmcli.core.errors import ConfigError, ModelError, one_line
+from mmcli.core.records import Media, Modality, Sample
+from mmcli.models.dual_encoder import DualEncoder, model_class_of, towers_of
+from mmcli.models.plan import EmbeddingPlan
+from mmcli.models.runner import Batch, Collator, Loaded
+from mmcli.training.classify import copy_processor
+from mmcli.training.contrastive_loss import (
+    GradCache,
+    clamp_logit_scale,
+    clap_loss,
+    clip_loss,
+    freeze_batch_norm,
+    siglip_loss,
+    unfreeze_logit_parameters,
+)
+from mmcli.training.data import Item
+from mmcli.training.objective import Backward
+
+# (vectors of both sides, unit or not, [n, D] each; group of each row) -> metrics by name
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]
+
+
+@dataclass(slots=True)
+class Side:
+    """One modality of a piece: batches, and which rows of the piece they are."""
+
+    modality: Modality
+    parts: list[tuple[Batch, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows, of both sides. `groups`: int64 [n], the same for rows that belong together."""
+
+    a: Side
+    b: Side
+    groups: torch.Tensor
+
+
+@dataclass(slots=True)
+class Contrastive:
+    """See mmcli.training.objective.Objective.
+
+    The loss is the model's own: CLIP's, CLAP's with a scale for each way, SigLIP's of pairs; exact in pieces by
+    GradCache. `measure` gives the metrics of validation vectors.
+    """
+
+    plan: EmbeddingPlan
+    slots: tuple[Modality, Modality]
+    measure: Measure
+    from_config: bool = False
+    name: str = "contrastive"
+    metric: str = "r_at_1"
+    _host: Collator | None = field(default=None, init=False)
+    _device: Collator | None = field(default=None, init=False)
+    _towers: Loaded | None = field(default=None, init=False)
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The dual encoder. Raises ModelError."""
+        from transformers import AutoConfig
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        plan, checkpoint = self.plan, self.plan.checkpoint
+        made = model_class_of(plan.detail)
+        try:
+            if self.from_config:
+                config = AutoConfig.from_pretrained(checkpoint.directory)
+                maker = getattr(made, "from_config", None) or made._from_config
+                model = maker(config, attn_implementation=plan.attn_implementation)
+            else:
+                checkpoint.fetch_weights()
+                model = made.from_pretrained(
+                    checkpoint.directory,
+                    dtype=torch.float32,
+                    attn_implementation=plan.attn_implementation,
+                    use_safetensors=None if checkpoint.allow_pickle else True,
+                    trust_remote_code=checkpoint.trust_remote_code,
+                )
+        except Exception as error:
+            raise ModelError(f"-m {checkpoint.id}: cannot load it: {one_line(str(error))}") from error
+        self._device = Collator(plan, device)
+        model = model.to(device)
+        self._towers = towers_of(model, plan)
+        return model  # type: ignore[no-any-return]
+
+    def new_weights(self) -> frozenset[str]:
+        """None: all are the checkpoint's."""
+        return frozenset()
+
+    def adapted(self, model: nn.Module) -> None:
+        """The temperature learns whatever is frozen: else adapters would be compared at the old one."""
+        unfreeze_logit_parameters(model)
+
+    def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
+        """Rows in pieces of about equal size."""
+        size = -(-len(items) // pieces)
+        return [self._piece(items[start : start + size]) for start in range(0, len(items), size)]
+
+    def _piece(self, items: Sequence[Item]) -> Piece:
+        sides = [self._side([item.samples[index] for item in items], index) for index in range(2)]
+        return Piece(sides[0], sides[1], torch.tensor([item.target for item in items]))
+
+    def _side(self, samples: Sequence[Sample], index: int) -> Side:
+        if self._host is None:
+            self._host = Collator(self.plan, torch.device("cpu"))
+        groups: dict[Any, list[int]] = {}
+        for row, sample in enumerate(samples):
+            groups.setdefault((sample.modality, sample.group), []).append(row)
+        parts = [
+            (self._host.collate([samples[row] for row in rows]), torch.tensor(rows)) for rows in groups.values()
+        ]
+        return Side(samples[0].modality, parts)
+
+    def count(self, pieces: Sequence[Piece]) -> int:
+        """Rows."""
+        return sum(len(piece.groups) for piece in pieces)
+
+    def step(self, model: nn.Module, pieces: Sequence[Piece], total: float, backward: Backward) -> float:
+        """Of the whole batch, whatever the pieces; `total` is in the loss already."""
+        freeze_batch_norm(model)
+        groups = torch.cat([piece.groups for piece in pieces]).to(self._place)
+        cache = GradCache(self._encode, self._encode, lambda a, b: self._loss(model, a, b, groups), backward)
+        return float(cache.step([piece.a for piece in pieces], [piece.b for piece in pieces]))
+
+    @property
+    def _place(self) -> torch.device:
+        assert self._device is not None
+        return self._device.device
+
+    def _encode(self, side: Side) -> torch.Tensor:
+        """float [n, D], in the order of the piece's rows."""
+        assert self._device is not None
+        assert self._towers is not None
+        tower = self._towers.towers[side.modality]
+        vectors = torch.cat([tower(self._device.to_device(batch)) for batch, _ in side.parts])
+        rows = torch.cat([rows for _, rows in side.parts]).to(self._place)
+        return vectors[rows.argsort()]
+
+    def _loss(self, model: Any, a: torch.Tensor, b: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        row: DualEncoder = self.plan.detail
+        if row.activation == "sigmoid":
+            return siglip_loss(a, b, model.logit_scale.exp(), model.logit_bias, groups)
+        if row.scale == "logit_scale_a":
+            sounds, texts = (a, b) if self.slots[0] == "audio" else (b, a)
+            return clap_loss(sounds, texts, model.logit_scale_a.exp(), model.logit_scale_t.exp(), groups)
+        scale = 1 / model.temperature if row.scale == "temperature" else model.logit_scale.exp()
+        return clip_loss(a, b, scale, groups)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Logit scales stay at 100 at most."""
+        clamp_logit_scale(model)
+
+    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+        """What `measure` says of the vectors of all rows, and the mean loss of batches."""
+        vectors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        groups, losses = [], []
+        for pieces in batches:
+            for piece in pieces:
+                a, b = self._encode(piece.a).float(), self._encode(piece.b).float()
+                losses.append(float(self._loss(model, a, b, piece.groups.to(self._place))) * len(a))
+                vectors[0].append(a.cpu())
+                vectors[1].append(b.cpu())
+                groups.append(piece.groups)
+        a_side, b_side = (torch.cat(side).numpy() for side in vectors)
+        found = self.measure(a_side, b_side, torch.cat(groups).numpy())
+        return {**found, "loss": sum(losses) / sum(map(len, groups))}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """As save_pretrained does, with the base's processor files beside it."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+        copy_processor(self.plan.checkpoint, folder)
+
+
+def check_base(plan: Any, slots: Sequence[Modality]) -> None:
+    """Raise ConfigError unless a plan's model has a loss for these two modalities."""
+    name = plan.checkpoint.id
+    row = getattr(plan, "detail", None)
+    if not isinstance(row, DualEncoder):
+        raise ConfigError(
+            f"-m {name}: it has no space for two modalities; take a dual encoder (CLIP, SigLIP, CLAP)"
+        )
+    if row.conditioned or row.scale is None:
+        raise ConfigError(f"-m {name}: a {plan.checkpoint.config.model_type} is not trained here yet")
+    if len(slots) != 2:
+        raise ConfigError("--objective contrastive: name two columns that belong together, --image-column, ...")
+    if missing := [slot for slot in slots if slot not in plan.modalities]:
+        raise ConfigError(f"--{missing[0]}-column: -m {name} takes {', '.join(sorted(plan.modalities))}")
+
+
+def group_rows(media: Sequence[tuple[Media, ...]]) -> list[int]:
+    """A number for each row, the same for rows with an equal medium: captions of one picture, pictures of one text.
+
+    Equal by file name, or by content where it is inline.
+    """
+    parents = list(range(len(media)))
+
+    def root(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]
+            row = parents[row]
+        return row
+
+    seen: dict[Any, int] = {}
+    for row, slots in enumerate(media):
+        for slot, one in enumerate(slots):
+            key = (slot, one.file if one.file is not None else one.text if one.text is not None else one.data)
+            first = seen.setdefault(key, row)
+            parents[root(row)] = root(first)
+    return [root(row) for row in range(len(media))]
