@@ -38,7 +38,7 @@ _EXACT = frozenset(
     ]
 )  # fmt: skip
 # Model types that take more than a text, and what.
-_MORE_INPUTS = {
+MORE_INPUTS = {
     "layoutlm": "boxes of words on a page",
     "layoutlmv2": "boxes of words on a page",
     "layoutlmv3": "boxes of words on a page",
@@ -125,8 +125,8 @@ def head_problems(checkpoint: Checkpoint, row: ClassifierHead) -> list[str]:
             hint="add --trust-remote-code when you trust its author",
         )
     kind = checkpoint.config.model_type
-    if kind in _MORE_INPUTS:
-        found.append(f"-m {checkpoint.id}: a {kind} needs {_MORE_INPUTS[kind]}, which mmcli does not give it")
+    if kind in MORE_INPUTS:
+        found.append(f"-m {checkpoint.id}: a {kind} needs {MORE_INPUTS[kind]}, which mmcli does not give it")
     if checkpoint.config.problem_type == "regression":
         found.append(f"-m {checkpoint.id}: it gives numbers, not scores of labels (problem_type is 'regression')")
     if not available(checkpoint, row.modality):

@@ -6,11 +6,15 @@ import sys
 
 from mmcli.models.captioner import CAPTIONERS
 from mmcli.models.chat import CHATS
+from mmcli.models.classifier import AUTO, MORE_INPUTS
 from mmcli.models.dual_encoder import BY_ARCHITECTURE, DUAL_ENCODERS, DualEncoder
 from mmcli.models.encoder import ENCODERS
+from mmcli.models.entailment import TEMPLATES as HYPOTHESES
+from mmcli.models.few_shot import PROBE_FROM
 from mmcli.models.sentence import MODULES
 from mmcli.models.speech import SPEECH
 from mmcli.models.vqa import CLASSIFIERS
+from mmcli.models.zero_shot import AUDIO_TEMPLATE, IMAGE_TEMPLATE
 
 _HEAD = """\
 # Models
@@ -65,6 +69,44 @@ alone and together, and what cannot be settled so is an error.
 | --- | --- | --- | --- | --- | --- |
 """
 
+_CLASSIFY = """
+## Models that classify
+
+For `mmcli classify`. Whose labels they are:
+
+| checkpoint | labels | `--multi-label` | `--examples` |
+| --- | --- | --- | --- |
+| a dual encoder | `--labels`, as texts | SigLIP | mean, probe, tip-adapter |
+| an encoder, a sentence-transformers directory | those of `--examples` |  | mean, probe |
+| with a classification head | its own | yes | mean, probe, on its body's vectors where it is an encoder |
+| of entailment (NLI), for texts | `--labels`; without them its own | yes |  |
+| that answers questions: chat models, BLIP-VQA, a server | `--labels`, as choices |  |  |
+| a folder of `--save-head` | its own |  |  |
+
+**Labels as texts.** A label is put into `--template` (`{image}` where nothing is said; `{audio}` for models of
+sound). Of several texts and templates the unit vectors are averaged, and the mean has unit length again. Scores
+are those of the checkpoint's own code: the softmax of its scaled cosines; SigLIP's sigmoid, each label alone.
+Labels that a tokenizer cannot tell apart are an error. X-CLIP's labels have other vectors beside each clip: it
+takes clips, not their vectors, and `--save-labels`, `--save-head` and tip-adapter are not for it.
+
+**Solved examples.** `mean`: the cosine to each label's mean vector. `probe`: logistic regression on
+standardised vectors, its penalty chosen on parts of the examples that are left out. `auto` is a probe where
+every label has {least} examples or more, else mean. `tip-adapter` (Zhang et al. 2022, training-free) adds the
+examples, as a cache, to the zero-shot scores of a dual encoder.
+
+**Heads.** What transformers loads by {classes}: for pictures, sounds, clips and texts. Scores are the softmax
+of the logits; the sigmoid where the checkpoint was trained so (`problem_type`) and with `--multi-label`. Labels
+are those of `id2label`; equal names get their number behind them (ImageNet's two cranes: `crane (134)`, `crane
+(517)`). Not taken, since they need more than a medium: {refused}.
+
+**Entailment.** A text is read beside `{hypothesis}` for each label (`--template` for another); scores are the
+softmax of the labels' entailment logits, with `--multi-label` of entailment against contradiction for each
+label. A checkpoint is of this kind when one of its labels begins with `entail`.
+
+**Choices.** A model that answers is asked "Which of these is it: ...?" (`--question` for another, with
+`{{labels}}` in it); a score is the probability of a label among the labels. Of a server it is null.
+"""
+
 
 def reference() -> str:
     """The whole page, Markdown."""
@@ -81,8 +123,16 @@ def reference() -> str:
         for (modality, poolings), names in sorted(kinds.items(), key=lambda item: (_ORDER[item[0][0]], item[1]))
     ]
     sentence = _SENTENCE.format(modules=", ".join(MODULES))
+    classify = _CLASSIFY.format(
+        image=IMAGE_TEMPLATE,
+        audio=AUDIO_TEMPLATE,
+        least=PROBE_FROM,
+        classes=", ".join(f"`{name}`" for name, _, _ in AUTO),
+        refused=", ".join(sorted(MORE_INPUTS)),
+        hypothesis=HYPOTHESES[0],
+    )
     pages = (_DUAL, duals), (_ENCODER, encoders), (_WRITERS, _writers())
-    return _HEAD + "".join(head + "\n".join(lines) + "\n" for head, lines in pages) + sentence
+    return _HEAD + "".join(head + "\n".join(lines) + "\n" for head, lines in pages) + sentence + classify
 
 
 def _writers() -> list[str]:
