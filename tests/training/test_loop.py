@@ -21,7 +21,7 @@ import pytest
 import tiny_encoders
 import torch
 from safetensors.torch import load_file
-from training_runs import image_files, image_rows, objective_of, sound_rows, text_rows, trainer_of
+from training_runs import image_files, image_rows, objective_of, sound_rows, still, text_rows, trainer_of
 
 from mmcli.core.errors import ConfigError, ExitCode, ModelError, Stopped
 from mmcli.core.records import Audio
@@ -29,19 +29,6 @@ from mmcli.training.augment import AUGMENTS, crop, flip, noise
 from mmcli.training.data import Batches, Rows, class_weights, load
 from mmcli.training.optimizer import MovingAverage, freeze, groups, not_decayed, rate
 from mmcli.training.options import TrainOptions
-
-STILL = {
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0, "dropout": 0.0,
-    "hidden_dropout": 0.0, "activation_dropout": 0.0, "mask_time_prob": 0.0, "layerdrop": 0.0, "final_dropout": 0.0,
-    "seq_classif_dropout": 0.0, "classifier_dropout": 0.0, "feat_proj_dropout": 0.0, "apply_spec_augment": False,
-}  # fmt: skip
-
-
-def still(folder: Path) -> Path:
-    """A checkpoint whose training draws nothing."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **STILL}))
-    return folder
 
 
 def rows_of(kind: str, folder: Path, count: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,27 @@ from mmcli.training.options import TrainOptions
 
 LABELS = ("cat", "dog", "red")
 COLOURS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "red": (40, 40, 200)}
+
+
+_STILL = {
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "hidden_dropout",
+    "activation_dropout", "mask_time_prob", "layerdrop", "final_dropout", "seq_classif_dropout", "dropout_rate",
+    "classifier_dropout", "feat_proj_dropout", "drop_path_rate", "drop_connect_rate", "projection_dropout_prob",
+}  # fmt: skip
+
+
+def still(folder: Path) -> Path:
+    """A checkpoint whose training draws nothing."""
+
+    def stilled(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: 0.0 if key in _STILL else stilled(inner) for key, inner in value.items()}
+
+    config = stilled(json.loads((folder / "config.json").read_text()))
+    config |= dict.fromkeys(("mask_time_prob", "layerdrop"), 0.0) | {"apply_spec_augment": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def text_rows(count: int, seed: int = 0) -> list[Row]:
