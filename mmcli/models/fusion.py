@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from mmcli.core.errors import ConfigError, ModelError, one_line
 from mmcli.core.records import MODALITIES, Modality
@@ -84,9 +85,13 @@ class MultimodalConfig(PreTrainedConfig):  # type: ignore[misc]
         self.dropout, self.max_tokens = dropout, max_tokens
         self.freeze_batch_norm = freeze_batch_norm
         self.initializer_range = initializer_range
-        for name in self.sub_configs:
-            setattr(self, name, _as_config(settings.pop(name, None)))
+        encoders = {name: _as_config(settings.pop(name, None)) for name in self.sub_configs}
         super().__init__(**settings)
+        # Behind, since it resets how they compute attention, with which masks would be ignored.
+        for name, encoder in encoders.items():
+            setattr(self, name, encoder)
+        if (attention := settings.get("attn_implementation")) is not None:
+            self._attn_implementation = attention
 
     def encoder(self, modality: str) -> Any:
         """The settings of the encoder of a modality."""
@@ -137,8 +142,13 @@ class Tower(nn.Module):
         self._accepted = set(inspect.signature(encoder.forward).parameters)
         # V-JEPA 2 predicts hidden patches beside, which nothing here reads.
         self._options = {"skip_predictor": True} if "skip_predictor" in self._accepted else {}
-        for name, parameter in encoder.named_parameters():
-            if _is_unused(name, settings.model_type):
+        self._kind = settings.model_type
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Parameters that tokens do not depend on take no gradient."""
+        for name, parameter in self.encoder.named_parameters():
+            if _is_unused(name, self._kind):
                 parameter.requires_grad_(False)
 
     def forward(self, inputs: dict[str, torch.Tensor], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,6 +331,16 @@ class MultimodalTransformer(PreTrainedModel):  # type: ignore[misc]
         self.gradient_checkpointing = False
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """See transformers."""
+        loaded = super().from_pretrained(*arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Its loading makes all parameters anew, that take gradients.
+        for tower in model.towers.values():
+            tower.freeze_unused()
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range
@@ -442,6 +462,10 @@ def load_encoder(
     if not weights:
         return model_class._from_config(settings, attn_implementation=attn_implementation)
     checkpoint.fetch_weights()
+    disable_progress_bar()
+    verbosity = get_verbosity()
+    # It warns of the weights of a dual encoder's other tower.
+    set_verbosity_error()
     try:
         encoder, info = model_class.from_pretrained(
             checkpoint.directory,
@@ -453,6 +477,8 @@ def load_encoder(
         )
     except Exception as error:
         raise ModelError(f"-m {checkpoint.id}: cannot load it: {one_line(str(error))}") from error
+    finally:
+        set_verbosity(verbosity)
     missing = [name for name in sorted(info["missing_keys"]) if not _is_unused(name, settings.model_type)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -149,6 +149,9 @@ def save_fusion(model: MultimodalTransformer, sources: Mapping[Modality, Checkpo
 
     sources  the checkpoints that its encoders were made from
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     model.save_pretrained(folder)
     for modality, checkpoint in sources.items():
         own = folder / modality

@@ -470,3 +470,49 @@ def test_a_manifest_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "new").write_text('{"text": "b"}\n')
     os.replace(tmp_path / "new", path)
     assert len(list(records)) == 4998
+
+
+# -- rows that lack some of their media --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_rows_may_lack_some_media_where_the_model_bears_it(kind: str, tmp_path: Path) -> None:
+    write_files(tmp_path, "a.png", "b.wav")
+    cells = {"image": ["a.png", None, "a.png", "", None], "sound": ["b.wav", "b.wav", None, "", "b.wav"]}
+    cells["words"] = ["hi", None, "there", None, ""]
+    path = tmp_path / f"m.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table(cells), path)
+    elif kind == "jsonl":
+        lines = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        lines = [",".join(cell or "" for cell in row) for row in zip(*cells.values(), strict=True)]
+        path.write_text("\n".join([",".join(cells), *lines, ""]))
+    columns = {"image_column": "image", "audio_column": "sound", "text_column": "words"}
+    _, records = listed(tmp_path, path, missing=True, **columns)
+    assert codes(records) == [None, None, None, "bad_row", None]
+    assert messages(records)[3] == "columns 'image', 'sound', 'words' are all empty"
+    there = [[m.modality for m in record.media if not m.missing] for record in records]
+    assert there == [["image", "audio", "text"], ["audio"], ["image", "text"], [], ["audio"]]
+    assert all(len(record.media) == 3 for record in records if record.error is None)
+    # Each in its slot, also where the first is missing.
+    assert [m.modality for m in records[1].media] == ["image", "audio", "text"]
+    _, strict = listed(tmp_path / "strict", path, **columns)
+    assert codes(strict) == [None, *["bad_row"] * 4]
+
+
+def test_one_column_alone_may_not_be_missing(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "m.parquet", {"image": pa.array([{"bytes": None, "path": None}, None], STRUCT)})
+    _, records = listed(tmp_path, tmp_path / "m.parquet", missing=True)
+    assert messages(records) == ["column 'image' has neither bytes nor a path"] * 2
+
+
+def test_bytes_that_a_row_lacks(tmp_path: Path) -> None:
+    table = {
+        "image": pa.array([{"bytes": None, "path": None}, {"bytes": b"x", "path": None}], STRUCT),
+        "words": ["a", None],
+    }
+    write_parquet(tmp_path / "m.parquet", table)
+    _, records = listed(tmp_path, tmp_path / "m.parquet", missing=True, image_column="image", text_column="words")
+    assert [[m.missing for m in record.media] for record in records] == [[True, False], [False, True]]
