@@ -626,6 +626,15 @@ class OptimizationArguments:
         str | None,
         _option(OPTIMIZATION, "--ema", "DECAY", "Measure and save a moving average of the weights, e.g. 0.999."),
     ] = None
+    wise_ft: Annotated[
+        str | None,
+        _option(
+            OPTIMIZATION,
+            "--wise-ft",
+            "SHARE",
+            "Measure and save weights so far from the base's (0) to the learned ones (1): robust elsewhere.",
+        ),
+    ] = None
     early_stopping: Annotated[
         str | None,
         _option(OPTIMIZATION, "--early-stopping", "N", "Stop after N evaluations without a better metric."),

@@ -190,6 +190,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "gradient_checkpointing": asked.gradient_checkpointing,
         "freeze": parse.split_names(training.freeze),
         "ema": _optional(problems, parse.share, "--ema", asked.ema),
+        "wise_ft": _optional(problems, parse.share, "--wise-ft", asked.wise_ft),
         "patience": _optional(problems, parse.number, "--early-stopping", asked.early_stopping, 1),
         "eval_steps": _optional(problems, parse.number, "--eval-steps", asked.eval_steps, 1),
         "balance": training.balance,

@@ -109,6 +109,8 @@ class Trainer:
         self.objective.adapted(model)
         if self.options.gradient_checkpointing:
             _checkpoint_gradients(model)
+        if options.wise_ft is not None:
+            self._base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         average = MovingAverage(model, self.options.ema) if self.options.ema is not None else None
         scaler = torch.amp.grad_scaler.GradScaler(self.device.type) if self.options.precision == "fp16" else None
         return Parts(model, optimizer(model, self.options, new), average, scaler)
@@ -226,13 +228,14 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """With the moving average's weights in the model, where there is one."""
-        average, model = self._parts.average, self._parts.model
-        if average is None:
+        """With the weights that are measured and saved in the model: their moving average, or nearer to the base."""
+        average, model, share = self._parts.average, self._parts.model, self.options.wise_ft
+        if average is None and share is None:
             yield
             return
         own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(average.state)
+        measured = own if average is None else average.state
+        model.load_state_dict(measured if share is None else _between(self._base, measured, share))
         try:
             yield
         finally:
@@ -272,6 +275,16 @@ class Trainer:
 
     def _epoch_share(self) -> float:
         return round(self.progress.step / max(1, len(self._batches)), 4)
+
+
+def _between(
+    base: dict[str, torch.Tensor], learned: dict[str, torch.Tensor], share: float
+) -> dict[str, torch.Tensor]:
+    """The weights at `share` of the way from one to the other."""
+    return {
+        name: torch.lerp(base[name], tensor, share) if tensor.is_floating_point() else tensor
+        for name, tensor in learned.items()
+    }
 
 
 @dataclass(slots=True)

@@ -26,6 +26,8 @@ class TrainOptions:
     precision      of activations, by autocast; weights stay float32
     freeze         beginnings of the names of weights that stay as they are
     ema            decay of an exponential moving average of the weights, which is what is evaluated and saved
+    wise_ft        what is evaluated and saved lies so far on the straight line from the base's weights (0) to the
+                   learned ones (1): more robust elsewhere (Wortsman et al. 2022, "Robust fine-tuning"); None: 1
     patience       evaluations without a better metric after which training stops; None: never
     eval_steps     steps between evaluations; None: after each epoch
     balance        rows are drawn so that all classes come equally often
@@ -50,6 +52,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     freeze: tuple[str, ...] = ()
     ema: float | None = None
+    wise_ft: float | None = None
     patience: int | None = None
     eval_steps: int | None = None
     balance: bool = False

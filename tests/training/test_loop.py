@@ -333,6 +333,16 @@ def test_a_run_of_low_rank_goes_on_exactly(tmp_path: Path, pictures: tuple[Path,
     assert_same_weights(tmp_path / "run" / "best", tmp_path / "whole" / "best")
 
 
+def test_weights_between_base_and_learned(tmp_path: Path, pictures: tuple[Path, Path], uninterrupted: Path) -> None:
+    run_of(tmp_path / "run", pictures, options=replace(OPTIONS, wise_ft=0.25)).train()
+    base, learned, found = weights(pictures[0]), weights(uninterrupted / "last"), weights(tmp_path / "run" / "last")
+    shared = [name for name in learned if name.removeprefix("vit.") in base]
+    assert len(shared) > 10
+    for name in shared:
+        wanted = 0.75 * base[name.removeprefix("vit.")] + 0.25 * learned[name]
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_moving_average() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 0.0)
