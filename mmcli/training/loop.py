@@ -228,7 +228,7 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """With the weights that are measured and saved in the model: their moving average, or nearer to the base."""
+        """With the weights in the model that are measured and saved: the moving average, or nearer to the base."""
         average, model, share = self._parts.average, self._parts.model, self.options.wise_ft
         if average is None and share is None:
             yield
