@@ -188,7 +188,9 @@ def read_kept(path: Path) -> tuple[Head, dict[str, Any]]:
         vectors = torch.from_numpy(column.flatten().to_numpy().reshape(len(labels), -1).copy())
         similarity = Similarity(told["scale"], told["bias"], told["activation"])
         return zero_shot_head(labels, vectors, similarity), dict(told["model"])
+    except FileNotFoundError as error:
+        raise ConfigError(f"--labels-file: cannot read {path}: there is no such file") from error
     except OSError as error:
-        raise ConfigError(f"--labels-file: cannot read {path}: {error.strerror or error}") from error
+        raise ConfigError(f"--labels-file: cannot read {path}: {error.strerror or one_line(str(error))}") from error
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"--labels-file {path}: it was not written by --save-labels") from error
