@@ -261,7 +261,8 @@ class _Asked:
 
 
 def _commonest(truth: np.ndarray) -> np.ndarray:
-    return (truth == np.bincount(truth).argmax()).astype(float)
+    found: np.ndarray = (truth == np.bincount(truth).argmax()).astype(float)
+    return found
 
 
 def _ensemble(logits: dict[tuple[int, ...], np.ndarray], there: np.ndarray) -> np.ndarray:

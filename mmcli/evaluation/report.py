@@ -92,7 +92,7 @@ class Report:
             shown = _rank if score.name.endswith("_rank") else _shown
             interval = "-" if score.low is None else f"{shown(score.low)} to {shown(score.high)}"
             rows.append([score.name, shown(score.value), interval, *([shown(score.answered)] if answered else [])])
-        return _table(rows)
+        return table(rows)
 
 
 def _shown(value: float | None) -> str:
@@ -112,7 +112,7 @@ def _classes(classes: Sequence[dict[str, Any]]) -> list[str]:
     for one in shown:
         numbers = [_shown(one[name]) for name in ("precision", "recall", "f1")]
         rows.append([one_line(one["class"], 60), f"{one['support']:,}", f"{one['answered']:,}", *numbers])
-    return _table(rows)
+    return table(rows)
 
 
 def _confusion(confusion: dict[str, Any] | None) -> list[str]:
@@ -128,16 +128,16 @@ def _confusion(confusion: dict[str, Any] | None) -> list[str]:
             [one_line(name, 30), *map(str, row if none else row[:-1])]
             for name, row in zip(classes, matrix, strict=True)
         ]
-        return _table(rows)
+        return table(rows)
     mistakes = confusion["mistakes"][:MISTAKES]
     rows = [["commonest mistakes: true", "answered", "rows"]]
     for one in mistakes:
         answer = "(no answer)" if one["answered"] is None else one_line(one["answered"], 40)
         rows.append([one_line(one["class"], 40), answer, f"{one['rows']:,}"])
-    return _table(rows, left=2) if mistakes else []
+    return table(rows, left=2) if mistakes else []
 
 
-def _table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Columns under one another: the first `left` to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

@@ -1,0 +1,232 @@
+"""A diagnosis to read: sentences, a table, a picture, and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmcli.core.durable import output_errors, temporary_name, write_durably, write_json
+from mmcli.core.errors import one_line
+from mmcli.evaluation.diagnostics import Diagnosis, Measured, ModalityUse
+from mmcli.evaluation.plot import BLUE, GREY, RED
+from mmcli.evaluation.report import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+JSON, TEXT, PICTURE = "diagnostics.json", "diagnostics.txt", "diagnostics.png"
+
+
+def write_report(folder: Path, diagnosis: Diagnosis) -> list[str]:
+    """Write diagnostics.json, .txt and, where matplotlib is installed, .png; returns the lines of the text.
+
+    Raises OutputError.
+    """
+    found = lines(diagnosis)
+    text = "\n".join([*found, ""])
+    with output_errors(folder):
+        write_json(folder / JSON, to_dict(diagnosis))
+        write_durably(folder / TEXT, lambda target: target.write_text(text, encoding="utf-8"))
+        write_picture(folder / PICTURE, diagnosis)
+    return found
+
+
+def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
+    """JSON values: the fields of a Diagnosis, modalities by name, and the sentences."""
+    found = asdict(diagnosis)
+    options = found.pop("options")
+    uses = {one.pop("name"): one for one in found.pop("modalities")}
+    how = options.pop("resampling")
+    settings = {"bootstrap": how["replicates"], "seed": how["seed"], "confidence": 0.95}
+    settings |= {name: options[name] for name in ("permutations", "additive_rows")}
+    return {**found, "modalities": uses, "settings": settings, "sentences": list(sentences(diagnosis))}
+
+
+def lines(diagnosis: Diagnosis) -> list[str]:
+    """Tables, and what they say."""
+    return [
+        f"{diagnosis.rows:,} rows; numbers with their 95 % intervals",
+        "",
+        *table(_whole(diagnosis)),
+        "",
+        *table(_modalities(diagnosis)),
+        "",
+        *table(_missing(diagnosis)),
+        "",
+        *(one_line(sentence, 2000) for sentence in sentences(diagnosis)),
+    ]
+
+
+def _whole(diagnosis: Diagnosis) -> list[list[str]]:
+    additive = diagnosis.additive
+    projection = f"additive projection (EMAP), {additive.rows:,} rows"
+    named = {
+        "accuracy": diagnosis.accuracy,
+        "always the commonest class": diagnosis.commonest,
+        "unimodal ensemble": diagnosis.ensemble,
+        "accuracy beyond the best modality alone": diagnosis.joint,
+        projection: additive.projected,
+        "accuracy on these rows beyond it": additive.gain,
+    }
+    return [["", "value", "interval"], *([name, _value(one), _interval(one)] for name, one in named.items())]
+
+
+def _modalities(diagnosis: Diagnosis) -> list[list[str]]:
+    fields = {
+        "accuracy alone": "alone",
+        "accuracy when masked": "masked",
+        "ablation drop": "drop",
+        "accuracy when permuted": "permuted",
+        "perceptual score": "perceptual",
+        "the same / accuracy": "normalised",
+        "share of perceptual scores": "share",
+    }
+    uses = diagnosis.modalities
+    rows = [["", *(one_line(one.name, 30) for one in uses)], ["rows with it", *(f"{one.rows:,}" for one in uses)]]
+    rows += [[name, *(_both(getattr(one, field)) for one in uses)] for name, field in fields.items()]
+    return rows
+
+
+def _missing(diagnosis: Diagnosis) -> list[list[str]]:
+    rows = [["chance to be missing", "missing", "accuracy"]]
+    for one in diagnosis.missing:
+        rows.append([f"{one.rate:.0%}", f"{one.missing:.0%}", _both(one.accuracy)])
+    return rows
+
+
+# What it means --------------------------------------------------------------------------------------------------
+
+
+def sentences(diagnosis: Diagnosis) -> Iterator[str]:
+    """What the intervals allow to say, and no more."""
+    yield _leaning(diagnosis)
+    if diagnosis.leans_on is not None:
+        for one in diagnosis.modalities:
+            if one.name != diagnosis.leans_on:
+                yield _neglected(diagnosis, one)
+    best = max(diagnosis.modalities, key=lambda one: one.alone.value or 0.0)
+    if diagnosis.joint.above_zero:
+        yield f"All modalities together get {_both(diagnosis.joint)} more right than the best alone ({best.name})."
+    else:
+        yield (
+            f"That all modalities together get more right than the best alone ({best.name}) cannot be told: "
+            f"{_both(diagnosis.joint)}."
+        )
+    gain = diagnosis.additive.gain
+    if gain.above_zero:
+        yield f"It joins them: {_both(gain)} is right by interactions, which no sum of one function each gives."
+    else:
+        yield f"That it joins them otherwise than by adding up what each tells cannot be told: {_both(gain)}."
+
+
+def _leaning(diagnosis: Diagnosis) -> str:
+    shares = ", ".join(
+        f"{one.name} {_percent(one.share)}" for one in diagnosis.modalities if one.share.value is not None
+    )
+    if (name := diagnosis.leans_on) is not None:
+        lost = _both(diagnosis.modality(name).perceptual)
+        return (
+            f"The model leans on {name}: when rows have one another's {name}, {lost} of its accuracy is lost. "
+            f"Shares of the modalities: {shares}."
+        )
+    if not any(one.perceptual.above_zero for one in diagnosis.modalities):
+        return "That the model uses any modality cannot be told: rows may have one another's, and it is as right."
+    if diagnosis.undecided:
+        return (
+            f"Whether the model leans on one modality is open; more validation rows would tell. Shares: {shares}."
+        )
+    return f"No modality counts for twice what the others do. Shares: {shares}."
+
+
+def _neglected(diagnosis: Diagnosis, one: ModalityUse) -> str:
+    commonest = f"always answering the commonest class gets {_value(diagnosis.commonest)} right"
+    if one.over_commonest.above_zero:
+        return (
+            f"{one.name} tells something by itself: alone it gets {_both(one.alone)} right, while {commonest}; "
+            f"beside {diagnosis.leans_on} the model makes little of it."
+        )
+    return (
+        f"Whether {one.name} tells anything this model cannot show: alone it gets {_both(one.alone)} right, and "
+        f"{commonest}. A model of {one.name} alone would show it."
+    )
+
+
+def _value(one: Measured) -> str:
+    return "-" if one.value is None else f"{one.value:.3f}"
+
+
+def _interval(one: Measured) -> str:
+    return "-" if one.low is None or one.high is None else f"{one.low:.3f} to {one.high:.3f}"
+
+
+def _both(one: Measured) -> str:
+    return _value(one) if one.low is None else f"{_value(one)} ({_interval(one)})"
+
+
+def _percent(one: Measured) -> str:
+    if one.value is None:
+        return "-"
+    interval = "" if one.low is None else f" ({one.low:.0%} to {one.high:.0%})"
+    return f"{one.value:.0%}{interval}"
+
+
+# Picture --------------------------------------------------------------------------------------------------------
+
+
+def write_picture(path: Path, diagnosis: Diagnosis) -> bool:
+    """Draw what each modality is worth, and accuracy against missing ones; False without matplotlib."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with rc_context({"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        bars, curve = figure.subplots(1, 2)
+        _bars(bars, diagnosis)
+        _curve(curve, diagnosis)
+        temporary = temporary_name(path)
+        figure.savefig(temporary, dpi=150, format="png")
+        temporary.replace(path)
+    return True
+
+
+def _bars(axes: Axes, diagnosis: Diagnosis) -> None:
+    kinds = (("perceptual", "permuted: perceptual score", BLUE), ("drop", "masked: ablation drop", RED))
+    for place, (field, label, color) in enumerate(kinds):
+        for row, one in enumerate(diagnosis.modalities):
+            measured: Measured = getattr(one, field)
+            at, value = row + (place - 0.5) * 0.36, measured.value or 0.0
+            axes.bar(at, value, 0.34, color=color, alpha=0.85, label=label if row == 0 else None)
+            _whisker(axes, at, measured)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(diagnosis.modalities)), [one_line(m.name, 24) for m in diagnosis.modalities])
+    axes.set(ylabel="accuracy lost")
+    axes.set_title("What each modality is worth, 95 % intervals", fontsize=11)
+    axes.margins(y=0.18)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+
+
+def _whisker(axes: Axes, at: float, measured: Measured) -> None:
+    if measured.low is not None and measured.high is not None:
+        axes.plot([at, at], [measured.low, measured.high], color="black", linewidth=1.2)
+
+
+def _curve(axes: Axes, diagnosis: Diagnosis) -> None:
+    points = [one for one in diagnosis.missing if one.accuracy.value is not None]
+    rates = [one.rate for one in points]
+    axes.plot(rates, [one.accuracy.value or 0.0 for one in points], "o-", color=BLUE, label="accuracy")
+    low, high = [one.accuracy.low for one in points], [one.accuracy.high for one in points]
+    if None not in low and None not in high:
+        axes.fill_between(rates, low, high, color=BLUE, alpha=0.2, linewidth=0)  # type: ignore[arg-type]
+    lines = ((diagnosis.ensemble, "unimodal ensemble", RED), (diagnosis.commonest, "commonest class", GREY))
+    for measured, label, color in lines:
+        axes.axhline(measured.value or 0.0, color=color, linestyle="--", linewidth=1.2, label=label)
+    axes.set(xlabel="chance of each modality to be missing (one stays)", ylabel="accuracy", ylim=(0, 1.03))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xticks(rates)
+    axes.set_title("Missing modalities", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
