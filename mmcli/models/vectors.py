@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmcli.core.errors import ModelError
 from mmcli.core.protocols import EmbeddingModelPlan, Processor, RecordProcessor, Runner
 from mmcli.core.records import MODALITIES, Classified, DecodeOptions, Modality, Sample
+from mmcli.models.device import keep_freed_memory
 from mmcli.models.options import Ranking
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ class VectorRunner:
         if self._base is None and needs_base:
             self._base = plan.base.load()
         self.device: torch.device = torch.device("cpu") if self._base is None else self._base.device
+        if self.device.type == "cpu":
+            # Scores of 2,048 rows against 1,000 labels are 8 MB: half of all page faults were for their memory.
+            keep_freed_memory()
         with torch.inference_mode():
             if self._head is None:
                 self._make_head()
