@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mmcli.evaluation import captions, classification, multilabel, retrieval, speech, vqa
+from mmcli.evaluation import captions, classification, multilabel, retrieval, shared_space, speech, vqa
 from mmcli.evaluation.bootstrap import Resampling, Score
 from mmcli.evaluation.kinds import CAPTION, CLASSIFICATION, SPEECH, VQA
 from mmcli.evaluation.pairs import Pairs
@@ -47,10 +47,12 @@ def measure(kind: str, pairs: Pairs, several: bool, settings: Settings) -> Found
 
 
 def measure_retrieval(sides: Sides, settings: Settings) -> Found:
-    """Scores, details (`ranks`: how many queries of each way have which rank at most) and notes."""
-    scores, notes, found = retrieval.evaluate(
-        sides.names, sides.left, sides.right, sides.answered, settings.resampling
-    )
+    """Scores, details (`recall_at`: what share of each way's queries has which rank at most) and notes."""
+    given = sides.names, sides.left, sides.right, sides.answered, settings.resampling
+    scores, notes, found = retrieval.evaluate(*given)
+    if centred := shared_space.evaluate(*given):
+        scores += centred
+        notes.append("centred_: after each side's mean vector is subtracted, which closes the modality gap")
     ways = [f"{sides.names[0]}_to_{sides.names[1]}", f"{sides.names[1]}_to_{sides.names[0]}"]
     cutoffs = [k for power in range(9) for k in (10**power, 2 * 10**power, 5 * 10**power)]
     details = {

@@ -20,6 +20,8 @@ CUTOFFS = (1, 5, 10)
 TIE = 1e-6
 # Vectors of one key that are so alike are one item: an image that stands in several rows, once for each caption.
 SAME = 1e-5
+# The rank of a query that has nothing to find: behind every k, however few candidates there are.
+NEVER = np.iinfo(np.int64).max
 # Bytes of one block of similarities.
 BLOCK_BYTES = 32 * 1024 * 1024
 
@@ -70,7 +72,7 @@ def evaluate(
 
 
 def ranks(left: Items, right: Items) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of the best own item for each query, int64 [left], [right]; 1 is first, queries without any are last.
+    """Rank of the best own item for each query, int64 [left], [right]; 1 is first, NEVER: there is none.
 
     One pass over blocks of the similarity matrix serves both ways.
     """
@@ -95,8 +97,8 @@ def ranks(left: Items, right: Items) -> tuple[np.ndarray, np.ndarray]:
         better_left[start:stop] = np.count_nonzero(scores >= (best_left[start:stop, None] - TIE), axis=1)
         better_right += np.count_nonzero(scores >= best_right - TIE, axis=0)
     return (
-        np.where(np.isinf(best_left), len(right.keys) + 1, better_left + 1),
-        np.where(np.isinf(best_right), len(left.keys) + 1, better_right + 1),
+        np.where(np.isinf(best_left), NEVER, better_left + 1),
+        np.where(np.isinf(best_right), NEVER, better_right + 1),
     )
 
 
@@ -119,17 +121,21 @@ def _lower_to_best(best: np.ndarray, index: np.ndarray, own: np.ndarray) -> None
 
 @dataclass(frozen=True, slots=True)
 class _Ranked:
-    """Queries in the order of their ranks, those without a vector last, and whose keys they are."""
+    """Queries in the order of their ranks, those without a vector last, and whose keys they are.
+
+    last  what the median is where it is NEVER: one more than there are candidates
+    """
 
     ranks: np.ndarray
     keys: np.ndarray
+    last: int
 
     @classmethod
     def of(cls, found: np.ndarray, queries: Items, candidates: int) -> _Ranked:
-        all_ranks = np.concatenate([found, np.full(len(queries.missing), candidates + 1)])
+        all_ranks = np.concatenate([found, np.full(len(queries.missing), NEVER)])
         keys = np.concatenate([queries.keys, queries.missing])
         order = np.argsort(all_ranks, kind="stable")
-        return cls(all_ranks[order], keys[order])
+        return cls(all_ranks[order], keys[order], candidates + 1)
 
     def scores(self, weights: np.ndarray) -> list[float]:
         """R@1, R@5, R@10, median rank; `weights` float64 [keys]. The median is the lower one of two."""
@@ -138,7 +144,8 @@ class _Ranked:
         if not total:
             return [np.nan] * (len(CUTOFFS) + 1)
         hits = np.concatenate([[0.0], reached])[np.searchsorted(self.ranks, CUTOFFS, "right")]
-        return [*(hits / total), float(self.ranks[np.searchsorted(reached, total / 2)])]
+        median = int(self.ranks[np.searchsorted(reached, total / 2)])
+        return [*(hits / total), float(self.last if median == NEVER else median)]
 
 
 def number_keys(sides: Sequence[Sequence[object]]) -> tuple[list[np.ndarray], int]:

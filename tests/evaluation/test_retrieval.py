@@ -108,3 +108,16 @@ def test_a_missing_vector_is_a_miss() -> None:
     assert by_name(scores)["image_to_text_r_at_1"] == 0.8
     assert by_name(scores)["text_to_image_r_at_1"] == 0.8
     assert of_answered(scores)["text_to_image_r_at_1"] == 1
+
+
+def test_a_miss_is_none_among_few() -> None:
+    """With fewer candidates than k, too, a query without a vector, or without anything to find, is no hit."""
+    vectors = np.eye(4, dtype=np.float32)
+    broken = vectors.copy()
+    broken[:3] = np.nan
+    sides = Items.of(broken, np.arange(4)), Items.of(vectors, np.arange(4))
+    found = by_name(evaluate(NAMES, *sides, np.arange(4) == 3, NO_INTERVALS)[0])
+    assert found["image_to_text_r_at_10"] == 0.25
+    assert found["text_to_image_r_at_10"] == 0.25
+    assert found["text_to_image_median_rank"] == 2
+    assert found["image_to_text_median_rank"] == 5
