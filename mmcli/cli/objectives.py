@@ -6,10 +6,11 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmcli.cli import parse
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import (
     InputArguments,
@@ -22,12 +23,13 @@ from mmcli.cli.options import (
 from mmcli.cli.parse import Problems
 from mmcli.cli.support import label_of
 from mmcli.core.errors import ConfigError
-from mmcli.core.records import Modality, Record
+from mmcli.core.records import MODALITIES, Modality, Record
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mmcli.models.options import ModelOptions
+    from mmcli.training.fusion import FusionNetwork
     from mmcli.training.objective import Objective
     from mmcli.training.options import TrainOptions
 
@@ -98,18 +100,64 @@ class ClassifyRecipe:
         """The base with a head for the labels of the training rows."""
         from mmcli.models.checkpoint import open_checkpoint
         from mmcli.models.device import check_device
-        from mmcli.training.classify import Classify, classification_plan
+        from mmcli.training.classify import Classify, EncoderNetwork, classification_plan
 
         check_device(model.device)
+        names, random = sorted(set(train.labels)), given.training.from_config
+        if given.training.encoder:
+            return Classify(_fusion(given, model, train, names), options.label_smoothing, metric=metric)
+        if len(train.slots) > 1:
+            raise ConfigError(
+                f"INPUT: rows have {' and '.join(train.slots)}; to learn from both, join encoders: "
+                f"--encoder {train.slots[0]}=MODEL --encoder {train.slots[1]}=MODEL instead of -m"
+            )
+        if options.modality_dropout:
+            raise ConfigError("--modality-dropout is of rows with several media, and --encoder")
         wanted = given.training.modality or _modality(train)
-        names = sorted(set(train.labels))
         plan = classification_plan(open_checkpoint(model), model, names, wanted)  # type: ignore[arg-type]
-        return Classify(plan, options.label_smoothing, given.training.from_config, metric=metric)
+        return Classify(EncoderNetwork(plan, random), options.label_smoothing, metric=metric)
 
     def targets(self, listed: Listed, objective: Any) -> list[Any]:
         """Indices of labels."""
         index = {label: number for number, label in enumerate(objective.plan.labels)}
         return [index[label] for label in listed.labels]
+
+
+def _fusion(given: Given, model: ModelOptions, train: Listed, names: Sequence[str]) -> FusionNetwork:
+    """Of --encoder. Raises ConfigError with every problem."""
+    from mmcli.models.checkpoint import open_checkpoint
+    from mmcli.training.fusion import FusionNetwork
+
+    problems = Problems()
+    sizes = {
+        "hidden_size": problems.collect(parse.number, "--hidden-size", given.training.hidden_size, 1),
+        "num_hidden_layers": problems.collect(parse.number, "--fusion-layers", given.training.fusion_layers, 1),
+        "num_attention_heads": problems.collect(parse.number, "--fusion-heads", given.training.fusion_heads, 1),
+    }
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width and heads and width % heads:
+        problems.add(f"--hidden-size {width} is not a multiple of --fusion-heads {heads}")
+    encoders: dict[Any, Any] = {}
+    for text in given.training.encoder or ():
+        modality, _, name = text.partition("=")
+        if modality not in MODALITIES or not name:
+            problems.add(
+                f"--encoder {text!r}: give a modality and a model, such as image=google/vit-base-patch16-224"
+            )
+        elif modality in encoders:
+            problems.add(f"--encoder {text!r}: there is one of {modality} already")
+        else:
+            encoders[modality] = problems.collect(open_checkpoint, replace(model, model=name))
+    slots = train.slots if train.slots != ("",) else (_modality(train) or "",)
+    for slot in slots:
+        if slot not in encoders:
+            problems.add(f"INPUT: rows have {slot or 'media of unknown kind'}, for which there is no --encoder")
+    for modality in encoders:
+        if modality not in slots:
+            problems.add(f"--encoder {modality}=...: rows have no {modality}; name its --{modality}-column")
+    problems.check()
+    settings = {**sizes, "intermediate_size": 4 * (width or 1)}
+    return FusionNetwork.of(encoders, model, names, given.training.from_config, settings)
 
 
 class ContrastiveRecipe:
@@ -198,6 +246,7 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, labelled: bool) 
         hidden=asked.hidden,
         follow_symlinks=asked.follow_symlinks,
         input_format=asked.input_format,
+        missing=bool(given.training.encoder),
     )
     source = open_source(options)
     with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:

@@ -540,6 +540,20 @@ class TrainingArguments:
         str | None,
         _option(TRAINING, "--modality", "NAME", "What the base is to learn, where it could learn several."),
     ] = None
+    encoder: Annotated[
+        list[str] | None,
+        _option(
+            TRAINING,
+            "--encoder",
+            "MODALITY=MODEL",
+            "Join encoders by a transformer, instead of -m: text=BERT, image=..., audio=..., video=... Repeatable.",
+        ),
+    ] = None
+    hidden_size: Annotated[
+        str, _option(TRAINING, "--hidden-size", "N", "With --encoder: width of what joins them.")
+    ] = "512"
+    fusion_layers: Annotated[str, _option(TRAINING, "--fusion-layers", "N", "With --encoder: its layers.")] = "6"
+    fusion_heads: Annotated[str, _option(TRAINING, "--fusion-heads", "N", "With --encoder: its heads.")] = "8"
     from_config: Annotated[
         bool, _option(TRAINING, "--from-config", None, "Begin with random weights, of the base's architecture.")
     ] = False
@@ -626,6 +640,15 @@ class OptimizationArguments:
         str | None,
         _option(OPTIMIZATION, "--ema", "DECAY", "Measure and save a moving average of the weights, e.g. 0.999."),
     ] = None
+    modality_dropout: Annotated[
+        str,
+        _option(
+            OPTIMIZATION,
+            "--modality-dropout",
+            "SHARE",
+            "With --encoder: leave out so many of a row's media at random; one stays.",
+        ),
+    ] = "0"
     wise_ft: Annotated[
         str | None,
         _option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,7 @@ def _check(given: Given, messages: Messages) -> Command:
     assert objective is not None
     assert run is not None
     told = {**options.describe(), "objective": given.training.objective, "from_config": given.training.from_config}
+    told["fusion"] = _described(given, objective)
     told |= {"missing_policy": given.training.missing_policy, "metric": metric}
     inputs = {"train": train.digest, "val": val.digest, "rows": len(train.records), "val_rows": len(val.records)}
     inputs["labels"] = digest_of(train.labels + val.labels)
@@ -190,6 +191,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "gradient_checkpointing": asked.gradient_checkpointing,
         "freeze": parse.split_names(training.freeze),
         "ema": _optional(problems, parse.share, "--ema", asked.ema),
+        "modality_dropout": problems.collect(parse.share, "--modality-dropout", asked.modality_dropout),
         "wise_ft": _optional(problems, parse.share, "--wise-ft", asked.wise_ft),
         "patience": _optional(problems, parse.number, "--early-stopping", asked.early_stopping, 1),
         "eval_steps": _optional(problems, parse.number, "--eval-steps", asked.eval_steps, 1),
@@ -200,6 +202,15 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
     }
     return TrainOptions(**values) if len(problems.lines) == before else None
+
+
+def _described(given: Given, objective: Objective) -> dict[str, Any]:
+    """What identifies the encoders of a fusion, and what joins them."""
+    network = getattr(objective, "network", None)
+    encoders = getattr(network, "encoders", {})
+    sizes = (given.training.hidden_size, given.training.fusion_layers, given.training.fusion_heads)
+    described = {modality: checkpoint.describe() for modality, checkpoint in encoders.items()}
+    return {**described, "sizes": "-".join(sizes)} if described else {}
 
 
 def _metric(given: Given, recipe: Recipe | None, problems: Problems) -> str:
@@ -221,7 +232,15 @@ def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
 
     if given.model.dtype != "auto" or given.model.compile:
         problems.add("--dtype and --compile are of other commands; weights are float32 here: --precision bf16")
-    arguments = Arguments(given.inputs, given.model, OutputArguments(), RunArguments(), given.messages)
+    model, encoders = given.model, given.training.encoder
+    if encoders and model.model:
+        problems.add("-m and --encoder exclude one another: encoders are joined by a new model")
+    if encoders and given.training.objective != "classify":
+        problems.add(f"--encoder is for --objective classify, not {given.training.objective}")
+    if encoders:
+        # The options of all encoders.
+        model = replace(model, model=encoders[0].partition("=")[2] or None)
+    arguments = Arguments(given.inputs, model, OutputArguments(), RunArguments(), given.messages)
     return model_options(arguments, problems, "google/vit-base-patch16-224-in21k")
 
 
@@ -266,7 +285,7 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
         _write_config(given, command)
     options, plan = command.options, command.objective.plan
     augment = AUGMENTS[options.augment]
-    data = Data(Rows(train, plan, options.seed, augment), Rows(val, plan, options.seed))
+    data = Data(Rows(train, plan, options.seed, augment, options.modality_dropout), Rows(val, plan, options.seed))
     stop: list[ExitCode] = []
     limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
     lines = _Lines(messages, command.objective.metric)

@@ -1,4 +1,4 @@
-"""The objective *classify* of one encoder: its own pooling, and a new classification head."""
+"""The objective *classify*: a network with a head for labels; here, of one encoder with its own pooling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -74,28 +74,49 @@ def classification_plan(
     )
 
 
-@dataclass(slots=True)
-class Classify:
-    """See mmcli.training.objective.Objective. Loss: the mean cross-entropy of rows."""
+class Network(Protocol):
+    """What has a head for labels: see EncoderNetwork and mmcli.training.fusion.FusionNetwork."""
+
+    @property
+    def plan(self) -> ClassificationPlan: ...
+
+    def build(self, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+        """The model, on a device, and the names of its new weights. Raises ModelError."""
+        ...
+
+    def collator(self, device: torch.device) -> Collator:
+        """What makes its batches."""
+        ...
+
+    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Model inputs -> [n, L]."""
+        ...
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what `mmcli classify -m folder` loads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderNetwork:
+    """An encoder with its own pooling, and a new head on it, as transformers' Auto classes make them.
+
+    plan         how the base takes inputs
+    from_config  with random weights
+    """
 
     plan: ClassificationPlan
-    label_smoothing: float = 0.0
     from_config: bool = False
-    name: str = "classify"
-    metric: str = "accuracy"
-    _new: frozenset[str] = field(default=frozenset(), init=False)
-    _host: Collator | None = field(default=None, init=False)
-    _device: Collator | None = field(default=None, init=False)
 
-    def build(self, device: torch.device) -> nn.Module:
-        """The base with a head for the labels. Raises ModelError."""
+    def build(self, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+        """See Network."""
         import transformers
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         disable_progress_bar()
         # It warns of the head that is new, as is the point.
         set_verbosity_error()
-        plan, head = self.plan, self.plan.detail
+        plan, head, new = self.plan, self.plan.detail, frozenset[str]()
         names = dict(enumerate(plan.labels))
         options = {
             "num_labels": len(names),
@@ -121,12 +142,47 @@ class Classify:
                     output_loading_info=True,
                 )
                 mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
-                self._new = frozenset([*info["missing_keys"], *mismatched])
+                new = frozenset([*info["missing_keys"], *mismatched])
         except Exception as error:
             raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
-        self._device = Collator(plan, device)
-        made: nn.Module = model.to(device)
-        return made
+        return model.to(device), new
+
+    def collator(self, device: torch.device) -> Collator:
+        """See Network."""
+        return Collator(self.plan, device)
+
+    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See Network."""
+        return head_tower(model, self.plan.detail.modality)(inputs).flatten(1)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """As save_pretrained does, with the base's processor files beside it."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+        copy_processor(self.plan.checkpoint, folder)
+
+
+@dataclass(slots=True)
+class Classify:
+    """See mmcli.training.objective.Objective. Loss: the mean cross-entropy of rows."""
+
+    network: Network
+    label_smoothing: float = 0.0
+    name: str = "classify"
+    metric: str = "accuracy"
+    _new: frozenset[str] = field(default=frozenset(), init=False)
+    _host: Collator | None = field(default=None, init=False)
+    _device: Collator | None = field(default=None, init=False)
+
+    @property
+    def plan(self) -> ClassificationPlan:
+        """The network's."""
+        return self.network.plan
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The network with a head for the labels. Raises ModelError."""
+        model, self._new = self.network.build(device)
+        self._device = self.network.collator(device)
+        return model
 
     def new_weights(self) -> frozenset[str]:
         """The head's."""
@@ -145,7 +201,7 @@ class Classify:
 
     def _piece(self, items: Sequence[Item]) -> Piece:
         if self._host is None:
-            self._host = Collator(self.plan, torch.device("cpu"))
+            self._host = self.network.collator(torch.device("cpu"))
         groups: dict[Any, list[Item]] = {}
         for item in items:
             groups.setdefault(_group(item.samples[0]), []).append(item)
@@ -165,31 +221,27 @@ class Classify:
         """Piece by piece: each one's sum, divided by the rows of all."""
         losses = []
         for piece in pieces:
-            loss = torch.stack([self._loss(model, part, self.label_smoothing) for part in piece]).sum() / total
+            loss = torch.stack([self._loss(model, part) for part in piece]).sum() / total
             backward(loss)
             losses.append(loss.detach())
         return float(torch.stack(losses).sum())
 
-    def _logits(self, model: nn.Module, part: Part) -> torch.Tensor:
+    def logits(self, model: nn.Module, part: Part) -> torch.Tensor:
+        """float32 [n, L], on the device."""
         assert self._device is not None
-        return head_tower(model, self.plan.detail.modality)(self._device.to_device(part.batch)).flatten(1)
+        return self.network.logits(model, self._device.to_device(part.batch)).float()
 
-    def _loss(self, model: nn.Module, part: Part, smoothing: float = 0.0) -> torch.Tensor:
-        targets = part.targets.to(self._logits_device)
-        logits = self._logits(model, part).float()
-        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-
-    @property
-    def _logits_device(self) -> torch.device:
-        assert self._device is not None
-        return self._device.device
+    def _loss(self, model: nn.Module, part: Part) -> torch.Tensor:
+        logits = self.logits(model, part)
+        targets = part.targets.to(logits.device)
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
     def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
         """accuracy, mean_per_class (of classes that come) and loss."""
         losses, right, classes = 0.0, [], []
         for pieces in batches:
             for part in (part for piece in pieces for part in piece):
-                logits = self._logits(model, part).float().cpu()
+                logits = self.logits(model, part).cpu()
                 losses += float(nn.functional.cross_entropy(logits, part.targets, reduction="sum"))
                 right.append(logits.argmax(dim=-1) == part.targets)
                 classes.append(part.targets)
@@ -202,9 +254,8 @@ class Classify:
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """As save_pretrained does, with the base's processor files beside it."""
-        model.save_pretrained(folder)  # type: ignore[operator]
-        copy_processor(self.plan.checkpoint, folder)
+        """What `mmcli classify` loads."""
+        self.network.save(model, folder)
 
 
 def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:

@@ -53,8 +53,16 @@ class UnreadableRow(MmcliError):
 class Rows(Dataset[Any]):
     """Items by (epoch, row). A row that cannot be read comes as its RowError: raised where it is used."""
 
-    def __init__(self, rows: Sequence[Row], plan: ModelPlan, seed: int, augment: Augment | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        plan: ModelPlan,
+        seed: int,
+        augment: Augment | None = None,
+        modality_dropout: float = 0.0,
+    ) -> None:
         self.rows, self._plan, self._seed, self._augment = rows, plan, seed, augment
+        self._dropout = modality_dropout
         self._decoder: Any = None
 
     def __len__(self) -> int:
@@ -78,17 +86,26 @@ class Rows(Dataset[Any]):
         from mmcli.media.worker import BlockDecoder
 
         processor: Any = self._plan.open_processor()
-        self._processor = _Augmented(processor, self._augment) if self._augment is not None else None
+        if self._augment is not None or self._dropout:
+            self._processor = _Augmented(processor, self._augment or _as_it_is, self._dropout)
         self._decoder = BlockDecoder(self._processor or processor, self._plan.decode)
 
     _processor: Any = None
 
 
-class _Augmented:
-    """A Processor whose payloads are augmented first."""
+def _as_it_is(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
+    return payload
 
-    def __init__(self, processor: Any, augment: Augment) -> None:
-        self._processor, self._augment = processor, augment
+
+class _Augmented:
+    """A Processor whose payloads are augmented first.
+
+    dropout  share of the media of a record that are left out; one stays (modality dropout: Neverova et al. 2016,
+             ModDrop). Drawn by row, so that it does not depend on how batches are cut.
+    """
+
+    def __init__(self, processor: Any, augment: Augment, dropout: float) -> None:
+        self._processor, self._augment, self._dropout = processor, augment, dropout
         self.generator = np.random.default_rng(0)
         if hasattr(processor, "record"):
             self.record = self._record
@@ -102,8 +119,18 @@ class _Augmented:
             (modality, payload if payload is None else self._augment(modality, payload, self.generator))
             for modality, payload in media
         ]
+        if self._dropout:
+            changed = self._without_some(changed)
         made: tuple[Sample, ...] = self._processor.record(changed, variables)
         return made
+
+    def _without_some(self, media: list[tuple[Modality, Payload]]) -> list[tuple[Modality, Payload]]:
+        drawn = self.generator.random(len(media))
+        drawn[[payload is None for _, payload in media]] = -1.0
+        kept = drawn >= self._dropout
+        if not kept.any():
+            kept[drawn.argmax()] = True
+        return [(modality, payload if k else None) for (modality, payload), k in zip(media, kept, strict=True)]
 
 
 class Batches(Sampler[list[Key]]):

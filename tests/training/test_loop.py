@@ -47,7 +47,7 @@ KINDS = ["bert", "distilbert", "modernbert", "roberta", "vit", "dinov2", "swin",
 def gradients(objective: Any, rows: list[Any], pieces: int) -> tuple[dict[str, torch.Tensor], float]:
     """Of all rows as one batch; in float64, where another order of sums does not show."""
     torch.manual_seed(0)
-    objective.plan = replace(objective.plan, dtype="float64")
+    objective.network = replace(objective.network, plan=replace(objective.plan, dtype="float64"))
     model = objective.build(torch.device("cpu")).double().train()
 
     def collate(items: Any) -> Any:
@@ -312,7 +312,7 @@ def test_merged_differences_of_low_rank_equal_those_beside(tmp_path: Path, kind:
     (piece,) = objective.collate(items, 1)
     with torch.inference_mode():
         for part in piece:
-            found, wanted = objective._logits(merged, part), objective._logits(beside, part)
+            found, wanted = objective.logits(merged, part), objective.logits(beside, part)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
     before, after = weights(base), weights(tmp_path / "run" / "last")
     prefix = {"wav2vec2-layer": "wav2vec2"}.get(kind, kind)

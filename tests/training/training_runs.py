@@ -15,7 +15,7 @@ from PIL import Image
 from mmcli.core.records import Media, Modality
 from mmcli.models.checkpoint import open_checkpoint
 from mmcli.models.options import ModelOptions
-from mmcli.training.classify import Classify, classification_plan
+from mmcli.training.classify import Classify, EncoderNetwork, classification_plan
 from mmcli.training.data import Row, Rows
 from mmcli.training.loop import Data, Events, RunLimits, Trainer
 from mmcli.training.options import TrainOptions
@@ -94,7 +94,7 @@ def sound_rows(folder: Path, count: int, seed: int = 0) -> list[Row]:
 
 def objective_of(folder: Path, modality: Modality | None = None, **options: Any) -> Classify:
     given = ModelOptions(str(folder), device="cpu")
-    return Classify(classification_plan(open_checkpoint(given), given, LABELS, modality), **options)
+    return Classify(EncoderNetwork(classification_plan(open_checkpoint(given), given, LABELS, modality)), **options)
 
 
 def trainer_of(
