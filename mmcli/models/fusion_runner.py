@@ -41,7 +41,10 @@ class FusionCollator(Collator):
                 self._pictures = _normalization(part)
         self._blanks: list[dict[str, np.ndarray]] = []
         if whole:
+            # Which sets it to 1, as decode workers want it.
+            threads = torch.get_num_threads()
             processor = FusionProcessor(parts)
+            torch.set_num_threads(threads)
             self._blanks = [processor.blank(part) for part in parts]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:

@@ -240,6 +240,26 @@ def test_distributed_training_bears_batches_without_a_modality(tmp_path: Path) -
         torch.distributed.destroy_process_group()
 
 
+def test_speech_encoders_train_all_their_layers_on_all_that_is_said(tmp_path: Path) -> None:
+    """Their checkpoints come with layers that are left out at random, and spans of sound that are masked."""
+    sources = encoders(tmp_path, audio="wav2vec2-layer")
+    edit_json(
+        sources["audio"].directory / "config.json",
+        layerdrop=0.9, mask_time_prob=0.5, mask_time_length=2, mask_feature_prob=0.5, mask_feature_length=2,
+        **{f"{part}_dropout": 0.0 for part in ("hidden", "attention", "activation", "feat_proj", "final")},
+        feat_quantizer_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MultimodalTransformer.from_encoders(sources, LABELS, **SIZES)
+    model.train()
+    sound = torch.from_numpy(sounds([2500])[0].waveform)[None]
+    inputs = {"audio.input_values": sound, "audio.attention_mask": torch.ones_like(sound, dtype=torch.int64)}
+    first, again = model(inputs).logits, model(inputs).logits
+    assert torch.equal(first, again)
+    first.sum().backward()
+    gradients(model)
+
+
 def test_gradient_checkpointing_changes_no_gradient(learning: Callable[[str], Fusion]) -> None:
     made = learning("pair")
     for part in made.model.modules():
