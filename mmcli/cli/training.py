@@ -239,7 +239,7 @@ def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
         problems.add(f"--encoder is for --objective classify, not {given.training.objective}")
     if encoders:
         # The options of all encoders.
-        model = replace(model, model=encoders[0].partition("=")[2] or None)
+        model = replace(model, model=encoders[0].partition("=")[2] or ".")
     arguments = Arguments(given.inputs, model, OutputArguments(), RunArguments(), given.messages)
     return model_options(arguments, problems, "google/vit-base-patch16-224-in21k")
 

@@ -1,0 +1,190 @@
+"""Training several encoders together: rows without a medium, exact pieces, and what classify makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_dual
+import tiny_encoders
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import still, trainer_of
+
+from mmcli.core.errors import ExitCode, Stopped
+from mmcli.core.records import Media
+from mmcli.models.checkpoint import open_checkpoint
+from mmcli.models.options import ModelOptions
+from mmcli.training.classify import Classify
+from mmcli.training.data import Batches, Row, Rows, load
+from mmcli.training.fusion import FusionNetwork
+from mmcli.training.options import TrainOptions
+
+LABELS = ("no", "yes")
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "text": still(tiny_encoders.TEXTS["bert"](folder / "text")),
+        "image": still(tiny_encoders.IMAGES["vit"](folder / "image")),
+    }
+
+
+def network_of(bases: dict[str, Path], **settings: Any) -> FusionNetwork:
+    options = ModelOptions("", device="cpu")
+    opened: Any = {m: open_checkpoint(replace(options, model=str(folder))) for m, folder in bases.items()}
+    return FusionNetwork.of(opened, options, LABELS, False, {**SIZES, "dropout": 0.0, **settings})
+
+
+def rows_of(folder: Path, count: int, missing: bool = True) -> list[Row]:
+    """Whether picture and text agree; every third row has no picture, every fifth no text."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        red, said = generator.random(2) < 0.5
+        pixels = np.array((200, 40, 40) if red else (40, 40, 200)) + generator.integers(-30, 30, (34, 36, 3))
+        file = folder / f"{number}.png"
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
+        image = Media("image") if missing and number % 3 == 2 else Media("image", file=str(file))
+        text = "red circle " * int(generator.integers(1, 4)) if said else "the dog"
+        words = Media("text") if missing and number % 5 == 4 and number % 3 != 2 else Media("text", text=text)
+        rows.append(Row(str(number), (image, words), int(red == said)))
+    return rows
+
+
+def gradients(network: FusionNetwork, rows: list[Row], pieces: int) -> tuple[dict[str, torch.Tensor], float]:
+    torch.manual_seed(0)
+    objective = Classify(replace(network, plan=replace(network.plan, dtype="float64")))
+    model = objective.build(torch.device("cpu")).double().train()
+
+    def collate(items: Any) -> Any:
+        return objective.collate(items, pieces)
+
+    batches = Batches(len(rows), len(rows), 0)
+    found = next(iter(load(Rows(rows, objective.plan, 0), batches, collate, 0)))
+    loss = objective.step(model, found, objective.count(found), lambda loss: loss.backward())
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, loss  # type: ignore[misc]
+
+
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Rows without a medium are in it; in every piece every parameter that learns has a gradient."""
+    network, rows = network_of(bases), rows_of(tmp_path / "images", 9)
+    whole, loss = gradients(network, rows, 1)
+    assert all(gradient is not None for gradient in whole.values())
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for pieces in (2, 9):
+        found, other = gradients(network, rows, pieces)
+        assert other == pytest.approx(loss, rel=1e-6)
+        worst = max(float((found[name] - whole[name]).abs().max()) for name in whole)
+        assert worst <= 1e-6 * largest, f"{worst / largest:.1e}"
+
+
+OPTIONS = TrainOptions(epochs=4, batch_size=6, learning_rate=1e-3, modality_dropout=0.4)
+
+
+def test_it_goes_on_exactly_with_modality_dropout(tmp_path: Path, bases: dict[str, Path]) -> None:
+    rows = rows_of(tmp_path / "images", 18)
+
+    def run(name: str, stop: Any = None, workers: int = 0) -> dict[str, torch.Tensor]:
+        objective = Classify(network_of(bases, dropout=0.1))
+        trainer = trainer_of(tmp_path / name, objective, rows, rows[:6], OPTIONS, stop, num_workers=workers)
+        trainer.data.train = Rows(rows, objective.plan, 0, None, OPTIONS.modality_dropout)
+        trainer.train()
+        return load_file(tmp_path / name / "last" / "model.safetensors")
+
+    whole, asked = run("whole"), iter(range(100))
+    with pytest.raises(Stopped):
+        run("stopped", lambda: ExitCode.INTERRUPTED if next(asked) == 4 else None)
+    for found in (run("stopped"), run("workers", workers=1)):
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_modality_dropout_leaves_one(tmp_path: Path, bases: dict[str, Path]) -> None:
+    rows = rows_of(tmp_path / "images", 6, missing=False)
+    data = Rows(rows, network_of(bases).plan, 0, None, 0.5)
+    counts: Counter[tuple[bool, ...]] = Counter()
+    for epoch in range(60):
+        for row in range(6):
+            item: Any = data[(epoch, row)]
+            counts[tuple(item.samples[0].arrays["present"].tolist())] += 1
+            again: Any = data[(epoch, row)]
+            assert np.array_equal(again.samples[0].arrays["present"], item.samples[0].arrays["present"])
+    assert (False, False) not in counts
+    assert counts[(True, True)] / 360 == pytest.approx(0.25, abs=0.08)
+
+
+def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
+    """Through the command, some rows without a medium: accuracy and loss of the best step."""
+    from mmcli.cli.boundary import run as mmcli
+
+    clip, bert = tiny_dual.BUILDERS["clip"](tmp_path / "clip"), tiny_encoders.TEXTS["bert"](tmp_path / "bert")
+    rows = rows_of(tmp_path / "images", 30)
+    for name, part in (("train", rows[:20]), ("val", rows[20:])):
+        lines = [
+            {"picture": row.media[0].file, "words": row.media[1].text, "label": LABELS[row.target]} for row in part
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = ["--image-column", "picture", "--text-column", "words", "--num-workers", "0"]
+    run, out = tmp_path / "run", tmp_path / "out.jsonl"
+    sizes = ["--hidden-size", "16", "--fusion-layers", "1", "--fusion-heads", "2"]
+    encoders = ["--encoder", f"image={clip}", "--encoder", f"text={bert}", *sizes]
+    more = ["--epochs", "2", "--batch-size", "5", "--learning-rate", "1e-3", "--modality-dropout", "0.2"]
+    train, val = str(tmp_path / "train.jsonl"), str(tmp_path / "val.jsonl")
+    assert mmcli(["finetune", train, "--val", val, *columns, *encoders, *more, "-o", str(run)]) == 0
+    assert mmcli(["classify", val, *columns, "-m", str(run / "best"), "--keep", "truth=label", "-o", str(out)]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    told = json.loads((run / "run.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = next(line for line in lines if line["step"] == told["best_step"] and "val_loss" in line)
+    assert np.mean([row["label"] == row["truth"] for row in found]) == pytest.approx(best["val_accuracy"])
+    scores = [{one["label"]: one["score"] for one in row["top_k"]}[row["truth"]] for row in found]
+    assert -np.mean(np.log(scores)) == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--encoder", "image"], "--encoder 'image': give a modality and a model"),
+        (["--encoder", "image=x", "--encoder", "smell=y"], "--encoder 'smell=y': give a modality and a model"),
+        (["--encoder", "text={text}"], "INPUT: rows have image, for which there is no --encoder"),
+        (["-m", "{text}"], "to learn from both, join encoders: --encoder image=MODEL --encoder text=MODEL"),
+        (["-m", "{text}", "--encoder", "text={text}"], "-m and --encoder exclude one another"),
+        (
+            [
+                "--encoder",
+                "text={text}",
+                "--encoder",
+                "image={image}",
+                "--hidden-size",
+                "10",
+                "--fusion-heads",
+                "4",
+            ],
+            "--hidden-size 10 is not a multiple of --fusion-heads 4",
+        ),
+        (["--encoder", "image={text}", "--encoder", "text={text}"], "a bert encodes no image here"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    from mmcli.cli.boundary import run as mmcli
+
+    manifest = tmp_path / "rows.jsonl"
+    lines = [{"image": row.media[0].file, "text": row.media[1].text, "label": str(row.target)} for row in
+             rows_of(tmp_path / "images", 6, missing=False)]  # fmt: skip
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    filled = [one.format(**bases) for one in more]
+    columns = ["--image-column", "image", "--text-column", "text", "-o", str(tmp_path / "run")]
+    assert mmcli(["finetune", str(manifest), "--val", str(manifest), *columns, *filled]) == 2
+    assert said in capsys.readouterr().err
