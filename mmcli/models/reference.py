@@ -11,6 +11,7 @@ from mmcli.models.dual_encoder import BY_ARCHITECTURE, DUAL_ENCODERS, DualEncode
 from mmcli.models.encoder import ENCODERS
 from mmcli.models.entailment import TEMPLATES as HYPOTHESES
 from mmcli.models.few_shot import PROBE_FROM
+from mmcli.models.fusion_inputs import TOWERS
 from mmcli.models.sentence import MODULES
 from mmcli.models.speech import SPEECH
 from mmcli.models.vqa import CLASSIFIERS
@@ -82,6 +83,7 @@ For `mmcli classify`. Whose labels they are:
 | of entailment (NLI), for texts | `--labels`; without them its own | yes |  |
 | that answers questions: chat models, BLIP-VQA, a server | `--labels`, as choices |  |  |
 | a folder of `--save-head` | its own |  |  |
+| a fusion of several encoders, from `mmcli finetune` | its own | yes |  |
 
 **Labels as texts.** A label is put into `--template` (`{image}` where nothing is said; `{audio}` for models of
 sound). Of several texts and templates the unit vectors are averaged, and the mean has unit length again. Scores
@@ -105,6 +107,13 @@ label. A checkpoint is of this kind when one of its labels begins with `entail`.
 
 **Choices.** A model that answers is asked "Which of these is it: ...?" (`--question` for another, with
 `{{labels}}` in it); a score is the probability of a label among the labels. Of a server it is null.
+
+**Fusion.** Encoders of text, image, audio and video in any combination, whose tokens one transformer reads
+together. Each is of one of the types under *Encoders*, or one side of a {towers}; a directory holds
+`config.json` and `model.safetensors` of the whole, and a folder for each encoder (`text/`, `image/`, ...) with its
+processor or tokenizer. Rows have a column for each medium (`--image-column`, `--text-column`, ...), and may lack
+some of them: an empty cell is no error, as long as the row has one other. `modality` in the output says what each
+row had.
 """
 
 
@@ -130,6 +139,7 @@ def reference() -> str:
         classes=", ".join(f"`{name}`" for name, _, _ in AUTO),
         refused=", ".join(sorted(MORE_INPUTS)),
         hypothesis=HYPOTHESES[0],
+        towers=" or ".join(sorted(TOWERS)),
     )
     pages = (_DUAL, duals), (_ENCODER, encoders), (_WRITERS, _writers())
     return _HEAD + "".join(head + "\n".join(lines) + "\n" for head, lines in pages) + sentence + classify
