@@ -194,7 +194,26 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_parts(
         assert float((gradient - wanted[name]).abs().max()) < 1e-6 * scale, name
 
 
+def square_records(modality: str, other: str) -> list[dict[Modality, Payload]]:
+    """With pictures of one shape, which some processors keep."""
+    square = pictures([(40, 40)] * 12)
+    return [
+        {m: square[i] if m == "image" else payload for m, payload in record.items()}
+        for i, record in enumerate(records(modality, other))
+    ]
+
+
 ENCODERS = [(modality, name) for modality, named in BUILDERS.items() for name in named]
+
+
+@pytest.mark.parametrize(("modality", "name"), ENCODERS, ids=lambda one: str(one))
+def test_no_encoder_heeds_neighbours(tmp_path: Path, modality: str, name: str) -> None:
+    made = fusion(tmp_path, {"num_hidden_layers": 1}, **{modality: name})
+    samples = made.samples([record for record in square_records(modality, modality) if modality in record])
+    alone = made.logits(samples, 1)
+    distances = (alone[:, None] - alone[None]).abs().amax(dim=-1) + torch.eye(len(alone))
+    assert distances.min() > 1e-4
+    assert (made.logits(samples, len(samples)) - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
 @pytest.mark.parametrize(("modality", "name"), ENCODERS, ids=lambda one: str(one))
@@ -206,11 +225,7 @@ def test_every_parameter_has_a_gradient_with_and_without_its_modality(
         tmp_path, {"num_hidden_layers": 1}, **{modality: name, other: {"text": "bert", "image": "vit"}[other]}
     )
     made.model.double().train()
-    square = pictures([(40, 40)] * 12)
-    rows = [
-        {m: square[i] if m == "image" else payload for m, payload in record.items()}
-        for i, record in enumerate(records(modality, other))
-    ]
+    rows = square_records(modality, other)
     inputs, present, targets = steps(made, rows[:3])
     backward(made, inputs, present, targets)
     tower = made.model.towers[modality]
