@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mmcli.training.options import TrainOptions
 
 _NAMED = 3
+# Rows of the largest class for each of the smallest that are worth a word.
+_UNEVEN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +279,11 @@ def _classes(train: Listed, val: Listed | None, messages: Messages, problems: Pr
         more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
         shown = ", ".join(map(repr, unknown[:_NAMED]))
         problems.add(f"--val: no training row has the label {shown}{more}; nothing can be learned about it")
+    (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
+    if smallest * _UNEVEN < largest:
+        messages.note(
+            f"{most!r} has {largest} training rows, {least!r} {smallest}: --balance draws them equally often"
+        )
     if alone := [name for name, count in counts.items() if count == 1]:
         messages.note(f"{len(alone)} labels have one training row: {', '.join(alone[:_NAMED])}")
 

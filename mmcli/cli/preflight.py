@@ -51,7 +51,9 @@ class Preflight:
     def _read(self, listed: dict[str, Sequence[Record]]) -> dict[str, dict[int, RowError]]:
         from mmcli.media.pool import DecodePool, InlineDecoder
 
-        names = list(listed)
+        names, cut = list(listed), 0
+        texts = getattr(getattr(self.plan, "inputs", None), "text", None)
+        limit = None if texts is None or texts.padding == "max_length" else texts.max_length
         self.messages.note(f"reading {sum(map(len, listed.values())):,} rows once, before the first step")
         rows = [(what, number, record) for what in names for number, record in enumerate(listed[what])]
         failed: dict[str, dict[int, RowError]] = {what: _known(listed[what]) for what in names}
@@ -70,8 +72,14 @@ class Preflight:
                         if isinstance(outcome, RowError):
                             what, number = where[id(record)]
                             failed[what][number] = outcome
+                        elif outcome.modality == "text" and limit and outcome.length >= limit:
+                            cut += 1
         finally:
             decoder.close()
+        if cut:
+            self.messages.note(
+                f"{cut} texts fill all {limit} tokens that the model takes; what is behind them is cut"
+            )
         return failed
 
     def _tell_leaks(self, listed: dict[str, Sequence[Record]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcli import __version__
 from mmcli.cli import parse
-from mmcli.cli.boundary import guard
+from mmcli.cli.boundary import guard, say
 from mmcli.cli.environment import prepare_environment
 from mmcli.cli.messages import Messages
 from mmcli.cli.objectives import RECIPES, Given, Listed, Recipe, list_rows
@@ -69,7 +70,14 @@ def execute_training(
     told = Messages(quiet=messages.quiet, log_file=messages.log_file)
     signals = Signals()
     with signals.catching():
-        return guard(lambda: _execute(given, told, signals), debug=messages.debug).exit_code
+        outcome = guard(lambda: _execute(given, told, signals), debug=messages.debug)
+    known = read_json(Path(run.output) / RUN_FILE) if run.output is not None and outcome.reason is None else None
+    facts = {name: (known or {}).get(name) for name in ("metric", "best", "best_step", "steps")}
+    last = json.dumps({"output": run.output, "exit_code": outcome.exit_code, "error": outcome.reason, **facts})
+    if messages.json:
+        say(last)
+    told.log(last)
+    return outcome.exit_code
 
 
 def _execute(given: Given, messages: Messages, signals: Signals) -> int:
@@ -289,7 +297,7 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
     stop: list[ExitCode] = []
     limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
     lines = _Lines(messages, command.objective.metric)
-    events = Events(lines, lambda: stop[0] if stop else None)
+    events = Events(lines, lambda: stop[0] if stop else None, messages.note)
     device = torch.device(choose_device(given.model.device)[0])
     trainer = Trainer(command.run, command.objective, data, options, limits, events, device)
     with signals.asking(stop.append):
@@ -357,8 +365,6 @@ def digest_of(labels: Sequence[str]) -> str:
 
 
 def _toml(value: Any) -> str:
-    import json
-
     # Strings, lists of them and booleans are written alike in JSON and TOML.
     return json.dumps(value if isinstance(value, bool | str | list) else str(value), ensure_ascii=False)
 

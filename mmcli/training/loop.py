@@ -35,10 +35,12 @@ class Events:
 
     told    called with each line of the log
     stop    why to stop now; None: go on
+    note    called with what is worth knowing before and at the beginning
     """
 
     told: Callable[[dict[str, Any]], None]
     stop: Callable[[], ExitCode | None]
+    note: Callable[[str], None] = lambda text: None
 
 
 @dataclass(slots=True)
@@ -84,9 +86,15 @@ class Trainer:
         self._parts = self._make_parts()
         self.progress = load_checkpoint(self.run / CHECKPOINT, self._parts) or Progress()
         self._log = MetricsLog(self.run, self.progress.step)
+        self._first = self.progress.step
         self._began = self._saved = time.monotonic()
         weights = class_weights([row.target for row in self.data.train.rows]) if self.options.balance else None
         self._batches = Batches(len(self.data.train), self.options.batch_size, self.options.seed, weights)
+        self.events.note(_counted(self._parts.model))
+        left = f", {self.steps - self.progress.step} left" if self.progress.step else ""
+        self.events.note(
+            f"{self.steps} steps of {self.options.batch_size} rows, {len(self._batches)} an epoch{left}"
+        )
         try:
             self._epochs()
         finally:
@@ -160,6 +168,10 @@ class Trainer:
         if parts.average is not None:
             parts.average.update(parts.model, progress.step)
         self._losses.append(loss)
+        if progress.step == self._first + LOG_STEPS:
+            seconds = (time.monotonic() - self._began) / LOG_STEPS * (self.steps - progress.step)
+            if seconds > 60:
+                self.events.note(f"about {seconds / 60:.0f} minutes to go, without evaluations")
         if progress.step <= LOG_STEPS or progress.step % LOG_STEPS == 0:
             self._tell(loss=sum(self._losses) / len(self._losses), lr=options.learning_rate * share, grad_norm=norm)
 
@@ -275,6 +287,21 @@ class Trainer:
 
     def _epoch_share(self) -> float:
         return round(self.progress.step / max(1, len(self._batches)), 4)
+
+
+def _counted(model: nn.Module) -> str:
+    """How many parameters there are, and which parts of them learn."""
+    parts: dict[str, int] = {}
+    whole = 0
+    for name, parameter in model.named_parameters():
+        whole += parameter.numel()
+        if parameter.requires_grad:
+            # A tower of several is a part of its own.
+            first, _, rest = name.partition(".")
+            part = f"{first}.{rest.partition('.')[0]}" if first == "towers" else first
+            parts[part] = parts.get(part, 0) + parameter.numel()
+    shown = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    return f"{whole:,} parameters, {sum(parts.values()):,} learn: {shown}"
 
 
 def _between(
