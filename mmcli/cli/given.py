@@ -43,7 +43,7 @@ def _embedded(name: str) -> tuple[dict[str, Any] | None, list[str]]:
     """The model of an output of embed, and its files; (None, []) for anything else."""
     from mmcli.sinks.outputs import read_output
 
-    if name == "-":
+    if name == "-" or _is_stream(name):
         return None, []
     try:
         info = read_output(name)
@@ -59,6 +59,11 @@ def _embedded(name: str) -> tuple[dict[str, Any] | None, list[str]]:
         )
     files = [str(info.path / file) for file in info.files] or [str(info.path)]
     return dict(info.metadata.get("model") or {}), files
+
+
+def _is_stream(name: str) -> bool:
+    """A pipe or a device, which cannot be looked into without taking from it."""
+    return os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name))
 
 
 def _parquet_files(name: str) -> list[str]:

@@ -45,6 +45,9 @@ def _execute(arguments: Arguments, planner: Planner, messages: Messages, report:
     with signals.heard(), _nursery(arguments) as nursery:
         prepared = prepare(arguments, planner, messages, report, signals)
         prepared.nursery = nursery
+        if nursery is not None and prepared.decoder is not None:
+            # Nothing is decoded; what it still imports would keep a core busy for seconds.
+            nursery.close()
         if arguments.output.output == "-":
             return _run_to_stdout(prepared)
         from mmcli.cli.outputs import run_to_output

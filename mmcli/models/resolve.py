@@ -38,11 +38,14 @@ def resolve_writer(options: ModelOptions, generation: Generation) -> WriterPlan:
 
 
 def processor_imports(model: str) -> tuple[str, ...]:
-    """Modules that the processor of `-m model` will need, as far as its name and files tell (see Nursery)."""
+    """Modules that the processor of `-m model` will need, as far as its name and files tell (see Nursery).
+
+    None without a model: inputs are vectors.
+    """
     from mmcli.models import endpoint
     from mmcli.models.fake import PREFIX
 
-    if model.startswith((PREFIX, endpoint.PREFIX)) or os.path.isfile(model):
+    if not model or model.startswith((PREFIX, endpoint.PREFIX)) or os.path.isfile(model):
         return ()
     names = ("torch", "transformers.models.auto.tokenization_auto")
     settings = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

@@ -56,6 +56,7 @@ class VectorSource:
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"cannot read {self._name}: {one_line(str(error))}") from error
         self._names = _read_columns(schema, columns, self._name)
+        _check_alike(self._files, self._names, schema)
         # Of rows with several media: `text_embedding` is of the text.
         slot = next((one for one in MODALITIES if columns.vector == f"{one}_embedding"), None)
         self._media = {one: (Media(one),) for one in MODALITIES}
@@ -194,6 +195,20 @@ def _read_columns(schema: pa.Schema, columns: VectorColumns, name: str) -> list[
     own = [one for one in ("path", "modality", *_ERROR_COLUMNS) if one in schema.names and _is_text(schema, one)]
     wanted_names = chain([columns.vector], [columns.id] if columns.id else [], [old for _, old in kept], own)
     return list(dict.fromkeys(wanted_names))
+
+
+def _check_alike(files: Sequence[str], names: Sequence[str], schema: pa.Schema) -> None:
+    """Raise ConfigError unless all files have these columns, of the types of the first."""
+    for file in files[1:]:
+        try:
+            found = pq.read_schema(file)
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"cannot read {shown(file)}: {one_line(str(error))}") from error
+        for name in names:
+            wanted = schema.field(name).type
+            kind = found.field(name).type if name in found.names else "not there"
+            if kind != wanted:
+                raise ConfigError(f"{shown(file)}: column {name!r} is {kind}; in {shown(files[0])} it is {wanted}")
 
 
 _ERROR_COLUMNS = ("status", "error_code", "error_stage", "error_message")

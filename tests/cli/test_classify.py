@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
+import threading
 import wave
 from collections import Counter
 from pathlib import Path
@@ -184,6 +186,18 @@ def test_vectors_of_unlike_lengths_do_not_meet_in_a_probe(cli: Cli, sample_data:
     assert cli("classify", unit, "--examples", unit, "--method", "probe").code == 0
 
 
+def test_a_pipe_of_paths_is_read_once(animals: Path, tmp_path: Path) -> None:
+    from cli_runs import finished
+
+    pipe, text = tmp_path / "pipe", tmp_path / "a.txt"
+    text.write_text("cat")
+    os.mkfifo(pipe)
+    threading.Thread(target=lambda: pipe.write_text(f"{text}\n"), daemon=True).start()
+    done = finished("classify", pipe, "--input-format", "paths", *PLAIN, "--labels", "cat,dog")
+    assert done.code == 0, done.err
+    assert [row["label"] for row in rows(done.out)] == ["cat"]
+
+
 @pytest.mark.parametrize("name", ["v.parquet", "v/"])
 def test_an_unfinished_output_of_embed(cli: Cli, tmp_path: Path, name: str) -> None:
     """One row is damaged, which ends the run behind the first of its parts."""
@@ -302,6 +316,41 @@ def test_options_from_variables_and_a_file(
     # A variable wins over the file.
     assert [row["label"] for row in found] == ["dog", "cat", None, "cat", "dog"]
     assert [len(row["top_k"]) for row in found] == [1] * 5
+
+
+def test_rows_of_vectors_do_not_depend_on_the_batch(cli: Cli, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).standard_normal((300, 16)).round(3)
+    # Rows alike, and labels that cannot be told apart there.
+    numbers[::7] = numbers[0]
+    test = vectors_file(tmp_path / "v.parquet", numbers.tolist())
+    common = ("classify", test, "--vector-column", "v", "-m", "fake:16", "--labels", "a,b,c,d", "-o")
+    found = []
+    for size in (1, 7, 2048):
+        assert cli(*common, tmp_path / f"{size}.parquet", "--batch-size", size).code == 0
+        found.append(pq.read_table(tmp_path / f"{size}.parquet"))
+    for table in found[1:]:
+        assert table.column("label").equals(found[0].column("label"))
+        for name in ("score", "margin", "entropy"):
+            assert np.allclose(table.column(name), found[0].column(name), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base": {}}, "its head cannot be read"),
+        ({"labels": ["a", "b"]}, "2 labels, 3 rows of weights"),
+        ({"format": 9}, "its format is 9; this version reads 1"),
+        (None, "its head cannot be read"),
+    ],
+)
+def test_a_damaged_head(cli: Cli, animals: Path, tmp_path: Path, change: dict[str, Any] | None, said: str) -> None:
+    head = tmp_path / "head"
+    common = ("classify", animals, "--text-column", "text", "-m")
+    assert cli(*common, "fake:16", "--labels", "a,b,c", "--save-head", head).code == 0
+    told = json.loads((head / "head.json").read_text())
+    (head / "head.json").write_text("{" if change is None else json.dumps({**told, **change}))
+    done = cli(*common, head)
+    assert (done.code, said in done.err) == (2, True), done.err
 
 
 # ------------------------------------------------------------------------------------- solved examples

@@ -164,3 +164,14 @@ def test_the_decoder_waits_while_it_may_not_read() -> None:
     (sample,) = answers[1].outcomes[0]
     assert isinstance(sample, Sample)
     assert (sample.modality, sample.arrays["embedding"].tolist()) == ("image", [1, 1])
+
+
+@pytest.mark.parametrize("other", [{"w": [[1.0, 2.0]]}, {"v": [[1.0, 2.0, 3.0]]}, {"v": [7]}])
+def test_files_of_other_columns(tmp_path: Path, other: dict[str, Any]) -> None:
+    names = [str(tmp_path / "0.parquet"), str(tmp_path / "1.parquet")]
+    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0]], pa.list_(pa.float32(), 2))}), names[0])
+    ((name, values),) = other.items()
+    kind = pa.int64() if values == [7] else pa.list_(pa.float32(), len(values[0]))
+    pq.write_table(pa.table({name: pa.array(values, kind)}), names[1])
+    with pytest.raises(ConfigError, match=r"1\.parquet: column 'v' is "):
+        VectorSource("v", names, VectorColumns("v"))
