@@ -66,8 +66,8 @@ Message = dict[str, Any]
 
 def turns_about(scene: world.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
     """Draw questions about a scene with their answers; one in five asks for a caption."""
-    # Whether a shape is there hangs on picture and word together, and neither alone says anything: asked evenly,
-    # the model stayed at chance (55 % after 850 steps). Asked unevenly, each says a little: 89 % after 250 steps.
+    # Whether a shape is there hangs on picture and word together, and neither alone says anything. Asked unevenly,
+    # each says a little; it is not enough: what is left is chance (46 %) where all else is 100 % right.
     unevenly = rng.choices(world.SHAPES, (12, 5, 3, 2, 1, 1))[0] if rng.random() < 0.5 else scene.shape
     doubt = (f"is there a {unevenly}?", "yes" if unevenly == scene.shape else "no")
     turns = []
@@ -333,7 +333,7 @@ def main() -> None:
         },
         title="A tiny LLaVA that chats about coloured shapes",
         pipeline="image-text-to-text",
-        limits="On photos, and to questions worded in another way, its answers mean nothing.",
+        limits='Asked "is there a ...?" it guesses; on photos, and to other questions, its answers mean nothing.',
     )
 
 

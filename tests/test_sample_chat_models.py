@@ -1,0 +1,114 @@
+"""The tiny chat model answers rightly about pictures that it was not trained on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+LARGEST = 6e6  # bytes of a checkpoint, all files together
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def mmcli(*arguments: object) -> list[dict]:
+    """Run a command, as a user does; give its rows."""
+    command = [sys.executable, "-m", "mmcli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def share(found: list[str], wanted: list[str]) -> float:
+    return float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
+
+
+@pytest.mark.parametrize("name", ["chat"])
+def test_checkpoints_are_small_and_in_full_precision(sample_data: Path, name: str) -> None:
+    from safetensors import safe_open
+
+    folder = sample_data / "models" / name
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= LARGEST
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F32"}  # noqa: SIM118
+
+
+# ------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def chat(sample_data: Path) -> tuple[str, Path]:
+    return "-m", sample_data / "models" / "chat"
+
+
+def test_chat_answers_the_sample_questions(sample_data: Path, chat: tuple[str, Path]) -> None:
+    asked = ("--question-column", "model=question", "--keep", "answer")
+    rows = mmcli("ask", sample_data / "questions.jsonl", *chat, *asked)
+    assert len(rows) == 144
+    assert share([row["model_answer"] for row in rows], [row["answer"] for row in rows]) >= 0.8
+
+
+def test_chat_answers_one_question_about_all_pictures(sample_data: Path, chat: tuple[str, Path]) -> None:
+    asked = ("-q", "colour=What colour is the shape?", "-q", "shape=What shape is it?")
+    rows = mmcli("ask", sample_data / "images", *chat, *asked)
+    named = [row["id"].split(".")[0].split("-") for row in rows]
+    assert share([row["colour_answer"] for row in rows], [name[1] for name in named]) >= 0.8
+    assert share([row["shape_answer"] for row in rows], [name[2] for name in named]) >= 0.8
+
+
+def test_chat_describes_the_sample_pictures(sample_data: Path, chat: tuple[str, Path]) -> None:
+    """By what mmcli asks of itself."""
+    wanted = {row["file_name"]: row["caption"] for row in rows_of(sample_data / "images" / "metadata.jsonl")}
+    rows = mmcli("caption", sample_data / "images", *chat)
+    assert len(rows) == len(wanted)
+    assert share([row["caption"] for row in rows], [wanted[row["id"]] for row in rows]) >= 0.8
+    assert {row["finish_reason"] for row in rows} == {"stop"}
+
+
+def test_chat_is_not_misled_by_an_example(sample_data: Path, chat: tuple[str, Path], tmp_path: Path) -> None:
+    """A solved case before the question: the answer must be about the second picture."""
+    rows = rows_of(sample_data / "images.jsonl")
+    shot = {"image": str(sample_data / rows[0]["image"]), "answer": rows[0]["caption"]}
+    (tmp_path / "shots.jsonl").write_text(json.dumps(shot) + "\n", encoding="utf-8")
+    asked = ("-q", "Describe the picture.", "--examples", tmp_path / "shots.jsonl", "--keep", "caption")
+    answered = mmcli("ask", sample_data / "images.jsonl", *chat, *asked)
+    assert share([row["answer"] for row in answered], [row["caption"] for row in rows]) >= 0.8
+
+
+def test_chat_goes_on_with_a_conversation(sample_data: Path) -> None:
+    """Two questions about one picture, by transformers alone: mmcli asks each question anew."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(sample_data / "models" / "chat")
+    processor = AutoProcessor.from_pretrained(sample_data / "models" / "chat")
+    rows = rows_of(sample_data / "images.jsonl")
+    talks = [[user("how many shapes are there?", upright(sample_data / row["image"]))] for row in rows]
+    for talk in talks:
+        talk.append({"role": "assistant", "content": [{"type": "text", "text": "one"}]})
+        talk.append(user("what colour is the background?"))
+    inputs = processor.apply_chat_template(
+        talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    found = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert share(found, [row["caption"].split()[-2] for row in rows]) >= 0.8
+
+
+def user(text: str, picture: Image.Image | None = None) -> dict:
+    content = [{"type": "text", "text": text}]
+    return {"role": "user", "content": [{"type": "image", "image": picture}, *content] if picture else content}
+
+
+def upright(path: Path) -> Image.Image:
+    """Open a picture as a viewer shows it: upright, and transparency on white."""
+    with Image.open(path) as picture:
+        turned = ImageOps.exif_transpose(picture)
+        if turned.mode == "RGBA":
+            turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+        return turned.convert("RGB")
