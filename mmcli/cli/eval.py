@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mmcli.evaluation.pairs import Truth
     from mmcli.evaluation.report import Report
     from mmcli.evaluation.tables import Table
-    from mmcli.evaluation.vectors import Side
+    from mmcli.evaluation.vectors import Side, Sides
     from mmcli.sinks.outputs import OutputInfo
 
 METRICS = ("classification", "caption", "vqa", "speech", "retrieval")
@@ -114,6 +114,15 @@ class ReportArguments:
         Path | None,
         _option(OUTPUT, "--plot", "FILE.png", "Draw it: reliability and confusions; recall at k; intervals."),
     ] = None
+    save_center: Annotated[
+        Path | None,
+        _option(
+            OUTPUT,
+            "--save-center",
+            "FILE.json",
+            "Of retrieval: keep each modality's mean vector, for mmcli embed --center.",
+        ),
+    ] = None
     debug: Annotated[bool, _option(MESSAGES, "--debug", None, "Show tracebacks.")] = False
     config: Annotated[
         Path | None,
@@ -140,6 +149,9 @@ def evaluate(truth: TruthArguments, how: MetricArguments, output: ReportArgument
     """
     plan = _Planner(truth, how, output).plan()
     report = plan()
+    if output.save_center is not None:
+        assert isinstance(plan, _Retrieval)
+        plan.save_center(output.save_center)
     if output.output is not None:
         _write_json(report, output.output)
     if output.plot is not None:
@@ -190,17 +202,23 @@ class _Planner:
     def _check_outputs(self) -> None:
         output = self._output.output
         if output is not None:
-            if output.suffix != ".json":
-                self._problems.add(f"-o {output}: the report is JSON; give e.g. -o {output.with_suffix('.json')}")
-            if output.is_dir() or not output.parent.is_dir():
-                what = "is a folder" if output.is_dir() else f"is in a folder that does not exist: {output.parent}"
-                self._problems.add(f"-o {output} {what}")
+            self._check_json("-o", output)
             if self._truth.predictions is not None and _same_file(output, Path(self._truth.predictions)):
                 self._problems.add(f"-o {output} is PREDICTIONS itself; choose another name")
+        if self._output.save_center is not None:
+            self._check_json("--save-center", self._output.save_center)
         if self._output.plot is not None:
             from mmcli.evaluation.plot import check_plot
 
             self._problems.collect(check_plot, self._output.plot)
+
+    def _check_json(self, option: str, path: Path) -> None:
+        if path.suffix != ".json":
+            what = "the report is" if option == "-o" else "the means are"
+            self._problems.add(f"{option} {path}: {what} JSON; give e.g. {option} {path.with_suffix('.json')}")
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"is in a folder that does not exist: {path.parent}"
+            self._problems.add(f"{option} {path} {what}")
 
     def _measured(self, table: Table, metrics: str | None, settings: Settings) -> _Pairing | _Retrieval | None:
         from mmcli.evaluation.kinds import RETRIEVAL, choose_kind, missing
@@ -224,9 +242,12 @@ class _Planner:
             return None
         if kind == RETRIEVAL:
             return self._retrieval(table, names, settings)
+        if self._output.save_center is not None:
+            self._problems.add(f"--save-center is of vectors, and this is {kind}; give an output of mmcli embed")
         return self._pairing(table, kind, names, own_truth, settings)
 
     def _retrieval(self, table: Table, names: tuple[str, ...], settings: Settings) -> _Retrieval | None:
+        from mmcli.cli.center import modalities_of
         from mmcli.evaluation.vectors import choose_sides
 
         other = self._other_truth(table, needed=False)
@@ -239,7 +260,11 @@ class _Planner:
             return None
         ids = self._truth.id_column, self._truth.truth_id_column
         sides = self._problems.collect(choose_sides, table, other, names, self._truth.truth_column, ids)
-        return None if sides is None else _Retrieval(*sides, settings)
+        if sides is None:
+            return None
+        if self._output.save_center is not None and self._problems.collect(modalities_of, *sides) is None:
+            return None
+        return _Retrieval(*sides, settings)
 
     def _pairing(
         self, table: Table, kind: str, names: tuple[str, ...], own_truth: str | None, settings: Settings
@@ -358,13 +383,27 @@ class _Pairing:
         return ColumnTruth(str(self.arguments.truth), empty)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Retrieval:
-    """Vectors against vectors."""
+    """Vectors against vectors. `sides`: once they are read."""
 
     left: Side
     right: Side
     settings: Settings
+    sides: Sides | None = field(default=None, init=False)
+
+    def save_center(self, path: Path) -> None:
+        """Write the means of what was measured. Raises OutputError, ConfigError for a side without vectors."""
+        from mmcli.cli.center import modalities_of, write_center
+        from mmcli.evaluation.shared_space import mean
+
+        assert self.sides is not None
+        items = dict(zip(modalities_of(self.left, self.right), (self.sides.left, self.sides.right), strict=True))
+        if empty := [name for name, side in items.items() if not len(side.keys)]:
+            raise ConfigError(f"--save-center: there is no vector of {empty[0]}")
+        means = {name: mean(side) for name, side in items.items()}
+        counts = {name: len(side.keys) for name, side in items.items()}
+        write_center(path, means, counts, self.left.table.job["model"])
 
     def __call__(self) -> Report:
         from mmcli.evaluation.kinds import RETRIEVAL
@@ -373,7 +412,7 @@ class _Retrieval:
         from mmcli.evaluation.vectors import collect_sides
 
         left, right = self.left, self.right
-        sides = collect_sides(left, right)
+        self.sides = sides = collect_sides(left, right)
         scores, details, notes = measure_retrieval(sides, self.settings)
         pairs = f"rows with the same {left.key}" if left.key else "each row is a pair"
         return Report(

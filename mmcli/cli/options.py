@@ -137,6 +137,15 @@ class EmbeddingArguments:
     embedding_dtype: Annotated[
         str, _option(EMBEDDING, "--embedding-dtype", "DTYPE", "How vectors are stored: float32 or float16.")
     ] = "float32"
+    center: Annotated[
+        Path | None,
+        _option(
+            EMBEDDING,
+            "--center",
+            "STATS.json",
+            "Subtract each modality's mean from unit vectors: what mmcli eval --save-center wrote.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

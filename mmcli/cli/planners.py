@@ -11,7 +11,8 @@ from mmcli.cli.compose import Arguments, Columns, Planned, PlannerDefaults
 from mmcli.cli.options import EmbeddingArguments, EndpointArguments, GenerationArguments
 from mmcli.cli.parse import Problems
 from mmcli.cli.trio import check_torch_trio
-from mmcli.core.protocols import Source, Task
+from mmcli.core.errors import ConfigError
+from mmcli.core.protocols import EmbeddingModelPlan, Source, Task
 
 if TYPE_CHECKING:
     from mmcli.cli.prompting import Asked
@@ -36,10 +37,23 @@ class EmbedPlanner(PlannerDefaults):
             return None
         options = replace(options, pooling=wanted.pooling, normalize=wanted.normalize)
         plan = problems.collect(resolve, options)
+        if plan is not None and wanted.center is not None:
+            plan = problems.collect(_centred, plan, options.model, wanted)
         if plan is None or dtype is None:
             return None
         task = Embed(plan.embedding_size, dtype)
         return Planned(plan, task, {"embedding_dtype": dtype, "exact_decode": options.exact_decode})
+
+
+def _centred(plan: EmbeddingModelPlan, model: str, wanted: EmbeddingArguments) -> EmbeddingModelPlan:
+    """As --center says. Raises ConfigError."""
+    from mmcli.cli.center import read_center
+    from mmcli.models.center import center_plan
+
+    assert wanted.center is not None
+    if wanted.normalize is False:
+        raise ConfigError("--center is of unit vectors; leave out --no-normalize")
+    return center_plan(plan, model, *read_center(wanted.center))
 
 
 class WritePlanner(PlannerDefaults):

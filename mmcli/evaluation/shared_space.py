@@ -58,15 +58,21 @@ def evaluate(
     """The gap, R@k after centring, and the gap after it; none where a side has no vector.
 
     Each item counts once, however many rows it stands in. The means are those of all items, and stay the same for
-    every sample of the bootstrap. A gap is a length, which noise only adds to: near 0 samples have a larger one.
+    every sample of the bootstrap. A gap is a length, which noise only adds to: near 0 samples have a larger one. So
+    the gap that is left has no interval: of these items it is nearly 0 by construction.
     """
     if not len(left.keys) or not len(right.keys):
         return []
     moved = centred(left, mean(left)), centred(right, mean(right))
     found, _, _ = retrieval.evaluate(names, *moved, answered, resampling)
     recalls = [replace(one, name=CENTRED + one.name) for one in found if "_r_at_" in one.name]
-    before = _gap("modality_gap", left, right, len(answered), resampling)
-    return [before, _gap(f"{CENTRED}modality_gap", *moved, len(answered), resampling), *recalls]
+    before, after = gap(left, right), gap(*moved)
+    low, high = _interval(left, right, len(answered), resampling)
+    return [
+        Score("modality_gap", before, low, high, before),
+        Score(f"{CENTRED}modality_gap", after, None, None, after),
+        *recalls,
+    ]
 
 
 def mean(items: Items) -> np.ndarray:
@@ -88,10 +94,12 @@ def gap(left: Items, right: Items) -> float:
     return float(np.linalg.norm(apart))
 
 
-def _gap(name: str, left: Items, right: Items, keys: int, resampling: Resampling) -> Score:
-    value = gap(left, right)
+def _interval(
+    left: Items, right: Items, keys: int, resampling: Resampling
+) -> tuple[float, float] | tuple[None, None]:
+    """Of the gap, with the samples that mmcli.evaluation.bootstrap draws."""
     if not resampling.replicates:
-        return Score(name, value, None, None, value)
+        return None, None
     rng = np.random.default_rng(resampling.seed)
     found: list[np.ndarray] = []
     for start in range(0, resampling.replicates, _REPLICATES):
@@ -101,7 +109,7 @@ def _gap(name: str, left: Items, right: Items, keys: int, resampling: Resampling
         found.append(np.linalg.norm(_means(left, weights) - _means(right, weights), axis=1))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(np.concatenate(found), [tail, 1 - tail])
-    return Score(name, value, float(low), float(high), value)
+    return float(low), float(high)
 
 
 def _means(items: Items, weights: np.ndarray) -> np.ndarray:

@@ -248,6 +248,12 @@ def is_conditioned(base: EmbeddingModelPlan) -> bool:
 def check_same_model(base: EmbeddingModelPlan, model: str, identity: dict[str, Any], whose: str) -> None:
     """Raise ConfigError unless vectors that `identity` describes are of the same model."""
     here = base.describe()
+    if identity.get("center") != here.get("center"):
+        raise ConfigError(
+            f"{whose} are centred (mmcli embed --center), those of -m {model} are not"
+            if "center" in identity
+            else f"{whose} are not centred, those of -m {model} are"
+        )
     for name in ("family", "weights", "revision", "pooling", "embedding_size"):
         if name in identity and identity[name] != here.get(name, identity[name]):
             raise ConfigError(

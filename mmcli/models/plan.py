@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmcli.core.protocols import Processor, RecordProcessor, Runner
 from mmcli.core.records import DecodeOptions, Modality
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.options import Generation, Ranking
+
+if TYPE_CHECKING:
+    from mmcli.models.center import Center
 
 # What the outputs of a model that writes are: see GenerationPlan.
 Output = Literal["text", "json", "scores", "speech"]
@@ -120,16 +123,25 @@ class EmbeddingPlan(CheckpointPlan):
 
     normalize   divide vectors by their L2 norm
     activation  of the logits that cosines of its vectors make; None: its vectors are of no shared space
+    center      what is subtracted from unit vectors, before they are normalised again; None: nothing
     """
 
     embedding_size: int
     pooling: str | None
     normalize: bool
     activation: Literal["softmax", "sigmoid"] | None = None
+    center: Center | None = None
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """Of centred vectors those that have a mean."""
+        taken = self.inputs.modalities
+        return taken if self.center is None else taken & self.center.means.keys()
 
     def describe(self) -> dict[str, Any]:
         """What identifies the vectors."""
-        return {**self.describe_model(), "pooling": self.pooling, "normalized": self.normalize}
+        described = {**self.describe_model(), "pooling": self.pooling, "normalized": self.normalize}
+        return described if self.center is None else {**described, "center": self.center.digest}
 
     def open_processor(self) -> Processor:
         from mmcli.models.inputs import InputProcessor

@@ -127,6 +127,8 @@ class EmbeddingRunner(TorchRunner):
         loaded: Loaded = self.loaded
         self._towers = loaded.towers
         self.similarity, self.conditioned = loaded.similarity, loaded.conditioned
+        means = {} if plan.center is None else plan.center.means
+        self._means = {m: torch.tensor(mean, device=self.device) for m, mean in means.items()}
         if plan.compile:
             self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
 
@@ -136,6 +138,8 @@ class EmbeddingRunner(TorchRunner):
         vectors = self.vectors(batch)
         if self._plan.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        if self._means:
+            vectors = torch.nn.functional.normalize(vectors - self._means[batch.modality], dim=-1)
         return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
 
     def vectors(self, batch: Batch) -> torch.Tensor:
