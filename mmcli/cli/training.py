@@ -302,6 +302,8 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
     trainer = Trainer(command.run, command.objective, data, options, limits, events, device)
     with signals.asking(stop.append):
         progress = trainer.train()
+    with signals.heard():
+        _diagnose(command, trainer, messages)
     _finish(command, trainer, progress)
     if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
         messages.note("no curves.png: pip install 'mmcli[finetune]'")
@@ -309,6 +311,28 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
         f"{command.run}/best: {command.objective.metric} {progress.best:.4f} at step {progress.best_step} of "
         f"{progress.step}"
     )
+
+
+def _diagnose(command: Command, trainer: Trainer, messages: Messages) -> None:
+    """Of a fusion model: what it makes of each modality, as diagnostics.json, .txt and .png."""
+    from mmcli.training.classify import Classify
+    from mmcli.training.fusion import FusionNetwork, recombined
+
+    objective = command.objective
+    if not isinstance(objective, Classify) or not isinstance(objective.network, FusionNetwork):
+        return
+    if len(objective.network.encoders) < 2:
+        return
+    from mmcli.evaluation.diagnostics import DiagnosticOptions, Rows, diagnose
+    from mmcli.evaluation.diagnostics_report import sentences, write_report
+
+    messages.note("asking the best model what it makes of each modality")
+    model = recombined(command.run / "best", objective, trainer.validation_batches(), trainer.device)
+    rows = Rows(tuple(objective.network.encoders), model.targets, model.present)
+    found = diagnose(model, rows, DiagnosticOptions())
+    write_report(command.run, found)
+    for sentence in sentences(found):
+        messages.note(sentence)
 
 
 def _finish(command: Command, trainer: Trainer, progress: Any) -> None:

@@ -25,10 +25,11 @@ from mmcli.training.objective import Backward
 
 @dataclass(slots=True)
 class Part:
-    """Inputs that share a batch, and which rows of the piece they are. `targets`: int64 [n]."""
+    """Inputs that share a batch. targets: int64 [n]; rows: int64 [n], which rows of the set they are."""
 
     batch: Batch
     targets: torch.Tensor
+    rows: torch.Tensor
 
 
 Piece = list[Part]
@@ -209,6 +210,7 @@ class Classify:
             Part(
                 self._host.collate([item.samples[0] for item in members]),
                 torch.tensor([item.target for item in members]),
+                torch.tensor([item.row for item in members]),
             )
             for members in groups.values()
         ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from mmcli.models.fusion_runner import FusionCollator
 from mmcli.models.options import ModelOptions
 from mmcli.models.plan import ClassificationPlan
 from mmcli.models.runner import Collator
+from mmcli.training.classify import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +75,82 @@ class FusionNetwork:
     def save(self, model: Any, folder: Path) -> None:
         """The model, and how each of its encoders takes inputs."""
         save_fusion(model, self.encoders, folder)
+
+
+def recombined(folder: Path, objective: Any, pieces: Iterable[Any], device: torch.device) -> Recombined:
+    """Of the model in a folder that `FusionNetwork.save` wrote."""
+    model = MultimodalTransformer.from_pretrained(folder).to(device)
+    return Recombined(model, objective.network.collator(device), pieces)
+
+
+# Rows that are put together at once.
+_ROWS = 256
+
+
+class Recombined:
+    """Answers of a loaded model to rows that are put together anew: see `Predict` of mmcli.evaluation.diagnostics.
+
+    Every encoder sees every row once; what joins their tokens is computed for each question.
+    """
+
+    def __init__(
+        self, model: MultimodalTransformer, collator: Collator, pieces: Iterable[Sequence[Sequence[Part]]]
+    ) -> None:
+        """`pieces`: of all rows, as Classify collates them."""
+        self._model = model.eval()
+        towers: Any = model.towers
+        self._missing = [tower.missing + tower.kind for tower in towers.values()]
+        self.present: np.ndarray
+        self.targets: np.ndarray
+        with torch.inference_mode():
+            parts = [part for piece in pieces for one in piece for part in one]
+            found = [self._tokens(collator.to_device(part.batch)) for part in parts]
+        order = torch.cat([part.rows for part in parts]).argsort()
+        self.present = torch.cat([present for _, present in found])[order].numpy()
+        self.targets = torch.cat([part.targets for part in parts])[order].numpy()
+        self._sequences = [_joined([sequences[m] for sequences, _ in found], order) for m in range(len(towers))]
+
+    def _tokens(
+        self, inputs: dict[str, torch.Tensor]
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Tokens and masks of every modality, and which rows have it."""
+        present = inputs.pop("present").cpu()
+        towers: Any = self._model.towers
+        made = []
+        for index, (modality, tower) in enumerate(towers.items()):
+            own = {n.partition(".")[2]: t for n, t in inputs.items() if n.startswith(f"{modality}.")}
+            made.append(tower(own, present[:, index]))
+        return made, present
+
+    @torch.inference_mode()
+    def __call__(self, indices: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """indices int64 [k, M], present bool [k, M] -> logits float32 [k, L]."""
+        made = []
+        for start in range(0, len(indices), _ROWS):
+            chosen, there = indices[start : start + _ROWS], present[start : start + _ROWS]
+            sequences = [
+                self._chosen(m, torch.from_numpy(chosen[:, m]), torch.from_numpy(there[:, m]))
+                for m in range(chosen.shape[1])
+            ]
+            made.append(self._model.head(self._model._fuse(sequences)).float().cpu())
+        logits: np.ndarray = torch.cat(made).numpy()
+        return logits
+
+    def _chosen(self, m: int, rows: torch.Tensor, there: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, mask = self._sequences[m]
+        rows, there = rows.to(tokens.device), there.to(tokens.device)
+        found, counts = tokens[rows].clone(), mask[rows].clone()
+        found[~there, 0], counts[~there] = self._missing[m].to(found.dtype), False
+        counts[:, 0] = True
+        return found, counts
+
+
+def _joined(
+    sequences: Sequence[tuple[torch.Tensor, torch.Tensor]], order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [n, T, H] and masks [n, T] of several batches as one, padded behind, in another order."""
+    longest = max(tokens.shape[1] for tokens, _ in sequences)
+    order = order.to(sequences[0][0].device)
+    tokens = [nn.functional.pad(one, (0, 0, 0, longest - one.shape[1])) for one, _ in sequences]
+    masks = [nn.functional.pad(mask, (0, longest - mask.shape[1])) for _, mask in sequences]
+    return torch.cat(tokens)[order], torch.cat(masks)[order]

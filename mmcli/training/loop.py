@@ -218,7 +218,7 @@ class Trainer:
         with self._averaged():
             self._parts.model.eval()
             with torch.inference_mode():
-                found = self.objective.evaluate(self._parts.model, self._val_batches())
+                found = self.objective.evaluate(self._parts.model, self.validation_batches())
             value = found[name]
             progress.evaluated = progress.step
             self._tell(**{f"val_{key}": number for key, number in found.items()})
@@ -229,7 +229,8 @@ class Trainer:
                 progress.worse += 1
         self._checkpoint()
 
-    def _val_batches(self) -> Iterator[Any]:
+    def validation_batches(self) -> Iterator[Any]:
+        """All validation rows, in order, as the objective collates them."""
         order = InOrder(len(self.data.val), self.options.batch_size)
         return load(self.data.val, order, _Pieces(self.objective, 1), self.limits.num_workers)
 

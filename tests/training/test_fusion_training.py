@@ -23,7 +23,7 @@ from mmcli.models.checkpoint import open_checkpoint
 from mmcli.models.options import ModelOptions
 from mmcli.training.classify import Classify
 from mmcli.training.data import Batches, Row, Rows, load
-from mmcli.training.fusion import FusionNetwork
+from mmcli.training.fusion import FusionNetwork, Recombined
 from mmcli.training.options import TrainOptions
 
 LABELS = ("no", "yes")
@@ -147,8 +147,35 @@ def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = next(line for line in lines if line["step"] == told["best_step"] and "val_loss" in line)
     assert np.mean([row["label"] == row["truth"] for row in found]) == pytest.approx(best["val_accuracy"])
+    diagnosis = json.loads((run / "diagnostics.json").read_text())
+    assert diagnosis["accuracy"]["value"] == pytest.approx(best["val_accuracy"])
+    assert set(diagnosis["modalities"]) == {"image", "text"}
     scores = [{one["label"]: one["score"] for one in row["top_k"]}[row["truth"]] for row in found]
     assert -np.mean(np.log(scores)) == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+def test_rows_put_together_anew(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Row r with the picture of one row and the text of another is answered as that row itself would be."""
+    objective, rows = Classify(network_of(bases)), rows_of(tmp_path / "images", 7)
+    torch.manual_seed(0)
+    model: Any = objective.build(torch.device("cpu")).eval()
+    data = Rows(rows, objective.plan, 0)
+    items: Any = [data[(0, row)] for row in range(7)]
+    asked = Recombined(model, objective.network.collator(torch.device("cpu")), [objective.collate(items, 3)])
+    assert asked.targets.tolist() == [row.target for row in rows]
+    assert list(objective.network.encoders) == ["text", "image"]  # type: ignore[attr-defined]
+    has = [[one.file is not None or one.text is not None for one in row.media[::-1]] for row in rows]
+    assert asked.present.tolist() == has
+    indices = np.array([[0, 0], [1, 0], [6, 3], [3, 1], [0, 4], [1, 0], [1, 0]])
+    present = np.array([[1, 1], [1, 1], [1, 1], [1, 1], [1, 1], [0, 1], [1, 0]], bool)
+    found = asked(indices, present)
+    for (words, picture), (reads, sees), logits in zip(indices, present, found, strict=True):
+        image = rows[picture].media[0] if sees else Media("image")
+        text = rows[words].media[1] if reads else Media("text")
+        item: Any = Rows([Row("", (image, text), 0)], objective.plan, 0)[(0, 0)]
+        ((part,),) = objective.collate([item], 1)
+        with torch.inference_mode():
+            np.testing.assert_allclose(logits, objective.logits(model, part)[0].numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
