@@ -305,3 +305,12 @@ def test_a_time_beyond_64_bits(tmp_path):
         pytest.skip("this file system does not know the year 2400")
     assert decode(Media(file=str(path), size=len(JPEG), mtime_ns=2**63 - 1), ANY)[0] == "image"
     assert error(Media(file=str(path), size=len(JPEG), mtime_ns=0)).code == "input_changed"
+
+
+def test_a_medium_that_the_record_lacks_has_no_content():
+    assert decode(Media("audio"), DecodeOptions()) == ("audio", None)
+    with pytest.raises(RowError, match="the model takes image"):
+        decode(Media("audio"), DecodeOptions(frozenset(["image"])))
+    # A file may be empty; that is not the same.
+    with pytest.raises(RowError, match="the file is empty"):
+        decode(Media("audio", data=b""), DecodeOptions())
