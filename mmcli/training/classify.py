@@ -89,6 +89,10 @@ class Network(Protocol):
         """What makes its batches."""
         ...
 
+    def group(self, sample: Sample) -> Any:
+        """Equal for samples that may share a batch."""
+        ...
+
     def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Model inputs -> [n, L]."""
         ...
@@ -152,6 +156,10 @@ class EncoderNetwork:
         """See Network."""
         return Collator(self.plan, device)
 
+    def group(self, sample: Sample) -> Any:
+        """See Network."""
+        return sample.modality, sample.group
+
     def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See Network."""
         return head_tower(model, self.plan.detail.modality)(inputs).flatten(1)
@@ -205,7 +213,7 @@ class Classify:
             self._host = self.network.collator(torch.device("cpu"))
         groups: dict[Any, list[Item]] = {}
         for item in items:
-            groups.setdefault(_group(item.samples[0]), []).append(item)
+            groups.setdefault(self.network.group(item.samples[0]), []).append(item)
         return [
             Part(
                 self._host.collate([item.samples[0] for item in members]),
@@ -266,8 +274,3 @@ def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
         file = checkpoint.directory / name
         if file.is_file() and "/" not in name:
             shutil.copyfile(file, folder / name)
-
-
-def _group(sample: Sample) -> Any:
-    """Samples that differ here cannot be stacked, or change one another: see Sample.group."""
-    return sample.modality, sample.group

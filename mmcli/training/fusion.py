@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmcli.core.records import Modality
+from mmcli.core.records import Modality, Sample
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.fusion import MultimodalTransformer
 from mmcli.models.fusion_family import input_plan, save_fusion
@@ -64,6 +64,10 @@ class FusionNetwork:
     def collator(self, device: torch.device) -> Collator:
         """With inputs of every encoder in every batch, so that all parameters have gradients."""
         return FusionCollator(self.plan, device, whole=True)
+
+    def group(self, sample: Sample) -> Any:
+        """Rows share a batch whatever they lack: their encoders run once for all of them."""
+        return sample.group
 
     def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See Network."""
