@@ -22,6 +22,7 @@ from mmcli.cli.options import (
 )
 from mmcli.cli.parse import Problems
 from mmcli.cli.support import label_of
+from mmcli.cli.writing import WRITING
 from mmcli.core.errors import ConfigError
 from mmcli.core.records import MODALITIES, Modality, Record
 
@@ -68,8 +69,15 @@ class Recipe(Protocol):
     metrics   those that the best may be chosen by, the usual one first
     """
 
-    labelled: bool
-    metrics: tuple[str, ...]
+    @property
+    def labelled(self) -> bool: ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+
+    def columns(self, training: TrainingArguments) -> dict[str, str]:
+        """The columns of manifests that rows are learned from, beside media, by the flag that names each."""
+        ...
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Add what is wrong with the rows."""
@@ -91,6 +99,10 @@ class ClassifyRecipe:
 
     labelled = True
     metrics: tuple[str, ...] = ("accuracy", "mean_per_class")
+
+    def columns(self, training: TrainingArguments) -> dict[str, str]:
+        """The label's."""
+        return {"--label-column": training.label_column}
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Two labels at least, and none that only validation rows have."""
@@ -168,6 +180,10 @@ class ContrastiveRecipe:
     labelled = False
     metrics: tuple[str, ...] = ("r_at_1", "r_at_5", "r_at_10")
 
+    def columns(self, training: TrainingArguments) -> dict[str, str]:
+        """None."""
+        return {}
+
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Two media in every row."""
         for what, listed in (("INPUT", train), ("--val", val)):
@@ -199,7 +215,7 @@ class ContrastiveRecipe:
         return group_rows([record.media for record in listed.records])
 
 
-RECIPES: dict[str, Recipe] = {"classify": ClassifyRecipe(), "contrastive": ContrastiveRecipe()}
+RECIPES: dict[str, Recipe] = {"classify": ClassifyRecipe(), "contrastive": ContrastiveRecipe(), **WRITING}
 
 
 def measure_retrieval(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> dict[str, float]:
@@ -222,18 +238,19 @@ def measure_retrieval(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> dict[
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def list_rows(given: Given, inputs: tuple[str, ...], what: str, labelled: bool) -> Listed:
-    """The rows of some inputs; `labelled`: each has to have a label. Raises ConfigError."""
+def list_rows(given: Given, inputs: tuple[str, ...], what: str, recipe: Recipe) -> Listed:
+    """The rows of some inputs, with what the recipe wants of each. Raises ConfigError."""
     from mmcli.sources.open import SourceOptions, open_source
 
     if not inputs:
-        hint = "a folder with a folder for each label, or a manifest" if labelled else "a manifest with two media"
+        hint = "a folder with a folder for each label, or a manifest" if recipe.labelled else "a manifest"
         raise ConfigError(f"no {what} given; {hint}")
-    asked, column = given.inputs, given.training.label_column
+    asked = given.inputs
     folders = [name for name in inputs if os.path.isdir(name)]
     manifests = len(folders) < len(inputs)
     if folders and manifests:
         raise ConfigError(f"{what}: give folders or manifests, not both")
+    columns = recipe.columns(given.training) if manifests else {}
     options = SourceOptions(
         inputs=inputs,
         glob=tuple(asked.glob or ()),
@@ -243,8 +260,8 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, labelled: bool) 
         text_column=asked.text_column,
         path_column=asked.path_column,
         id_column=asked.id_column,
-        variables=(column,) if manifests and labelled else (),
-        variables_said=(f"--label-column {column}",) if manifests and labelled else (),
+        variables=tuple(columns.values()),
+        variables_said=tuple(f"{flag} {column}" for flag, column in columns.items()),
         hidden=asked.hidden,
         follow_symlinks=asked.follow_symlinks,
         input_format=asked.input_format,
@@ -256,7 +273,8 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, labelled: bool) 
         records = list(source.records())
     if not records:
         raise ConfigError(f"{what}: there are no rows in {' '.join(inputs)}")
-    labels = _labels_of(records, "manifest" if manifests else "folder", column, what) if labelled else []
+    kind, column = "manifest" if manifests else "folder", given.training.label_column
+    labels = _labels_of(records, kind, column, what) if recipe.labelled else []
     return Listed(records, labels, snapshot.digest, dict(snapshot.modalities), source.slots)
 
 

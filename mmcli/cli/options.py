@@ -535,7 +535,7 @@ class TrainingArguments:
     """What is learned, and from what."""
 
     objective: Annotated[
-        str, _option(TRAINING, "--objective", "NAME", "What is learned: classify, or contrastive.")
+        str, _option(TRAINING, "--objective", "NAME", "What is learned: classify, contrastive, caption, or vqa.")
     ] = "classify"
     val: Annotated[
         list[str] | None,
@@ -545,6 +545,36 @@ class TrainingArguments:
         str,
         _option(TRAINING, "--label-column", "COLUMN", "Column of manifests with labels; of folders, their names."),
     ] = "label"
+    target_column: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            "--target-column",
+            "COLUMN",
+            "caption, vqa: column with what is to be written; vqa: or a list of all answers [caption; answer].",
+        ),
+    ] = None
+    question_column: Annotated[
+        str, _option(TRAINING, "--question-column", "COLUMN", "vqa: column with questions.")
+    ] = "question"
+    max_new_tokens: Annotated[
+        str,
+        _option(
+            TRAINING,
+            "--max-new-tokens",
+            "N",
+            "caption, vqa: texts are cut there, those that are learned too; auto: as mmcli caption and ask.",
+        ),
+    ] = "auto"
+    language: Annotated[
+        str | None, _option(TRAINING, "--language", "LANGUAGE", "caption by Whisper: of the texts, de or german.")
+    ] = None
+    new_answers: Annotated[
+        bool,
+        _option(
+            TRAINING, "--new-answers", None, "vqa by ViLT: learn the answers of INPUT in place of the base's own."
+        ),
+    ] = False
     modality: Annotated[
         str | None,
         _option(TRAINING, "--modality", "NAME", "What the base is to learn, where it could learn several."),

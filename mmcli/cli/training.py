@@ -113,11 +113,11 @@ def _check(given: Given, messages: Messages) -> Command:
     time_limit_s = problems.collect(parse.duration, "--time-limit", limit) if limit else None
     workers = problems.collect(parse.count_or_auto, "--num-workers", given.run.num_workers, 0)
     recipe = RECIPES.get(given.training.objective)
-    labelled = recipe is None or recipe.labelled
-    train = problems.collect(list_rows, given, tuple(given.inputs.inputs or ()), "INPUT", labelled)
+    asked = recipe or RECIPES["classify"]
+    train = problems.collect(list_rows, given, tuple(given.inputs.inputs or ()), "INPUT", asked)
     val = None
     if given.training.val:
-        val = problems.collect(list_rows, given, tuple(given.training.val), "--val", labelled)
+        val = problems.collect(list_rows, given, tuple(given.training.val), "--val", asked)
     else:
         problems.add("no validation rows given; add --val, a folder or manifest like INPUT")
     if recipe is not None and train is not None:
@@ -356,7 +356,7 @@ def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list
 
     def rows(listed: Listed) -> list[Row]:
         pairs = zip(listed.records, recipe.targets(listed, command.objective), strict=True)
-        return [Row(record.id, record.media, target) for record, target in pairs]
+        return [Row(record.id, record.media, target, record.variables) for record, target in pairs]
 
     preflight = Preflight(command.objective.plan, command.num_workers, command.timeout_s, messages)
     found = preflight.check(

@@ -1,0 +1,187 @@
+"""The objectives *caption* and *vqa*: a model that writes, or chooses, what rows say, given their media."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mmcli.core.records import Sample
+from mmcli.models.plan import GenerationPlan
+from mmcli.models.runner import Batch
+from mmcli.training.classify import copy_processor
+from mmcli.training.data import Item
+from mmcli.training.objective import Backward
+
+# (what the model writes, what each row's annotators wrote) -> metrics by name
+Measure = Callable[[Sequence[str], Sequence[tuple[str, ...]]], dict[str, float]]
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(slots=True)
+class Sums:
+    """Of a part: the loss, a tensor of one number; what was right without anything drawn, of how many."""
+
+    loss: torch.Tensor
+    right: float
+    count: int
+
+
+class Form(Protocol):
+    """How a family learns: see mmcli.training.write_tokens, mmcli.training.write_answers.
+
+    accuracy  what `Sums.right` is the accuracy of; None: it has none
+    """
+
+    accuracy: str | None
+
+    def load(
+        self, plan: GenerationPlan, device: torch.device, from_config: bool
+    ) -> tuple[Any, nn.Module, frozenset[str]]:
+        """The plan's Runner, the model that it runs, and the names of its new weights. Raises ModelError."""
+        ...
+
+    def targets(self, samples: Sequence[Sample], references: Sequence[tuple[str, ...]]) -> torch.Tensor:
+        """What the outputs are compared with, on the host; runs in workers."""
+        ...
+
+    def count(self, targets: torch.Tensor) -> int:
+        """What the loss is the mean of."""
+        ...
+
+    def sums(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], targets: torch.Tensor, smoothing: float
+    ) -> Sums:
+        """Of inputs and targets on the device."""
+        ...
+
+    def text(self, output: Any) -> str:
+        """What the command line would give."""
+        ...
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows whose inputs share a batch: exactly that of inference, prompts and all.
+
+    targets     see Form
+    references  what each row's annotators wrote
+    """
+
+    batch: Batch
+    targets: torch.Tensor
+    references: list[tuple[str, ...]]
+
+
+Piece = list[Part]
+
+
+@dataclass(slots=True)
+class Write:
+    """See mmcli.training.objective.Objective.
+
+    The loss is that of the next token, summed over all tokens of a batch and divided by their number, whatever the
+    pieces; the end token counts, prompts and padding do not. A row's target is a tuple of texts, of which the
+    commonest is learned; a model that chooses learns all of them.
+    """
+
+    plan: GenerationPlan
+    form: Form
+    measure: Measure
+    label_smoothing: float = 0.0
+    from_config: bool = False
+    name: str = "caption"
+    metric: str = "exact_match"
+    _runner: Any = field(default=None, init=False)
+    _host: Any = field(default=None, init=False)
+    _new: frozenset[str] = field(default=frozenset(), init=False)
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The model that writes. Raises ModelError."""
+        self._runner, model, self._new = self.form.load(self.plan, device, self.from_config)
+        # What workers collate with: they must not touch a GPU.
+        self._host = copy.copy(self._runner)
+        self._host.device = torch.device("cpu")
+        return model
+
+    def new_weights(self) -> frozenset[str]:
+        """A head of new answers."""
+        return self._new
+
+    def adapted(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
+        """Rows in `pieces` pieces of about equal size, each in as many batches as its shapes need."""
+        size = -(-len(items) // pieces)
+        return [self._piece(items[start : start + size]) for start in range(0, len(items), size)]
+
+    def _piece(self, items: Sequence[Item]) -> Piece:
+        groups: dict[Any, list[Item]] = {}
+        for item in items:
+            sample = item.samples[0]
+            groups.setdefault((sample.modality, sample.group), []).append(item)
+        return [self._part(members) for members in groups.values()]
+
+    def _part(self, items: Sequence[Item]) -> Part:
+        samples, references = [item.samples[0] for item in items], [item.target for item in items]
+        return Part(self._host.collate(samples), self.form.targets(samples, references), references)
+
+    def count(self, pieces: Sequence[Piece]) -> int:
+        """Tokens; rows, of a model that chooses."""
+        return sum(self.form.count(part.targets) for piece in pieces for part in piece)
+
+    def step(self, model: nn.Module, pieces: Sequence[Piece], total: float, backward: Backward) -> float:
+        """Piece by piece: each one's sum, divided by the tokens of all."""
+        losses = []
+        for piece in pieces:
+            parts = [self._sums(model, part, self.label_smoothing).loss for part in piece]
+            loss = torch.stack(parts).sum() / total
+            backward(loss)
+            losses.append(loss.detach())
+        return float(torch.stack(losses).sum())
+
+    def _sums(self, model: nn.Module, part: Part, smoothing: float = 0.0) -> Sums:
+        inputs = self._runner.to_device(part.batch)
+        return self.form.sums(model, inputs, part.targets.to(self._runner.device), smoothing)
+
+    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+        """What `measure` says of the texts that the model writes by itself; token_accuracy, loss, perplexity."""
+        sums: list[Sums] = []
+        texts: list[str] = []
+        references: list[tuple[str, ...]] = []
+        for part in (part for pieces in batches for piece in pieces for part in piece):
+            sums.append(self._sums(model, part))
+            texts += [self.form.text(output) for output in self._runner.forward(part.batch)]
+            references += part.references
+        total = sum(one.count for one in sums)
+        loss = sum(float(one.loss) for one in sums) / total
+        found = {**self.measure(texts, references), "loss": loss}
+        if self.form.accuracy is not None:
+            found[self.form.accuracy] = sum(one.right for one in sums) / total
+        # The best is the one with the highest value.
+        return {**found, "neg_loss": -loss} if self.metric == "neg_loss" else found
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """As save_pretrained does, with the base's processor files beside it, and how it writes."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+        copy_processor(self.plan.checkpoint, folder)
+        settings = self.plan.checkpoint.directory / GENERATION_FILE
+        if settings.is_file():
+            # As it was: inference has changed the loaded one (Whisper's thresholds).
+            shutil.copyfile(settings, folder / GENERATION_FILE)
+
+
+def commonest(references: tuple[str, ...]) -> str:
+    """The text that most annotators wrote; the first of several."""
+    return Counter(references).most_common(1)[0][0]
