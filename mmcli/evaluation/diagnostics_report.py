@@ -1,8 +1,8 @@
-"""A diagnosis to read: sentences, a table, a picture, and JSON."""
+"""A diagnosis to read, of a classifier or of a shared space: sentences, tables, a picture, and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +12,34 @@ from mmcli.core.errors import one_line
 from mmcli.evaluation.diagnostics import Diagnosis, Measured, ModalityUse
 from mmcli.evaluation.plot import BLUE, GREY, RED
 from mmcli.evaluation.report import table
+from mmcli.evaluation.retrieval import CUTOFFS
+from mmcli.evaluation.shared_space import CENTRED, SharedSpace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 JSON, TEXT, PICTURE = "diagnostics.json", "diagnostics.txt", "diagnostics.png"
 
 
-def write_report(folder: Path, diagnosis: Diagnosis) -> list[str]:
+def write_report(folder: Path, diagnosis: Diagnosis | SharedSpace) -> list[str]:
     """Write diagnostics.json, .txt and, where matplotlib is installed, .png; returns the lines of the text.
 
     Raises OutputError.
     """
-    found = lines(diagnosis)
+    if isinstance(diagnosis, SharedSpace):
+        return _write(
+            folder, space_dict(diagnosis), space_lines(diagnosis), lambda figure: _recalls(figure, diagnosis)
+        )
+    return _write(folder, to_dict(diagnosis), lines(diagnosis), lambda figure: _worths(figure, diagnosis))
+
+
+def _write(folder: Path, values: dict[str, Any], found: list[str], draw: Callable[[Figure], None]) -> list[str]:
     text = "\n".join([*found, ""])
     with output_errors(folder):
-        write_json(folder / JSON, to_dict(diagnosis))
+        write_json(folder / JSON, values)
         write_durably(folder / TEXT, lambda target: target.write_text(text, encoding="utf-8"))
-        write_picture(folder / PICTURE, diagnosis)
+        _draw(folder / PICTURE, draw)
     return found
 
 
@@ -175,22 +185,26 @@ def _percent(one: Measured) -> str:
 # Picture --------------------------------------------------------------------------------------------------------
 
 
-def write_picture(path: Path, diagnosis: Diagnosis) -> bool:
-    """Draw what each modality is worth, and accuracy against missing ones; False without matplotlib."""
+def _draw(path: Path, draw: Callable[[Figure], None]) -> None:
+    """A PNG; nothing where matplotlib is not installed."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return
     with rc_context({"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
-        bars, curve = figure.subplots(1, 2)
-        _bars(bars, diagnosis)
-        _curve(curve, diagnosis)
+        draw(figure)
         temporary = temporary_name(path)
         figure.savefig(temporary, dpi=150, format="png")
         temporary.replace(path)
-    return True
+
+
+def _worths(figure: Figure, diagnosis: Diagnosis) -> None:
+    """What each modality is worth, and accuracy against missing ones."""
+    bars, curve = figure.subplots(1, 2)
+    _bars(bars, diagnosis)
+    _curve(curve, diagnosis)
 
 
 def _bars(axes: Axes, diagnosis: Diagnosis) -> None:
@@ -230,3 +244,47 @@ def _curve(axes: Axes, diagnosis: Diagnosis) -> None:
     axes.set_title("Missing modalities", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
+
+
+# Of a shared space ----------------------------------------------------------------------------------------------
+
+
+def space_dict(space: SharedSpace) -> dict[str, Any]:
+    """JSON values."""
+    scores = {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in space.scores}
+    return {"modalities": list(space.names), "items": list(space.items), "scores": scores, "notes": space.notes}
+
+
+def space_lines(space: SharedSpace) -> list[str]:
+    """A table: each number as it is, and after centring."""
+    scores = {one.name: Measured(one.value, one.low, one.high) for one in space.scores}
+    rows = [["", "as it is", "centred"]]
+    for name, one in scores.items():
+        if not name.startswith(CENTRED) and not name.endswith("_rank"):
+            after = scores.get(CENTRED + name)
+            rows.append([name, _both(one), "-" if after is None else _both(after)])
+    counts = " and ".join(f"{n:,} {name} items" for n, name in zip(space.items, space.names, strict=True))
+    return [f"{counts}; numbers with their 95 % intervals", "", *table(rows)]
+
+
+def _recalls(figure: Figure, space: SharedSpace) -> None:
+    """R@k of both ways, before and after centring."""
+    scores = {one.name: Measured(one.value, one.low, one.high) for one in space.scores}
+    first, second = space.names
+    for axes, (a, b) in zip(figure.subplots(1, 2, sharey=True), ((first, second), (second, first)), strict=True):
+        for place, (prefix, label, color) in enumerate((("", "as it is", BLUE), (CENTRED, "centred", RED))):
+            for column, k in enumerate(CUTOFFS):
+                one = scores.get(f"{prefix}{a}_to_{b}_r_at_{k}")
+                if one is not None:
+                    at = column + (place - 0.5) * 0.36
+                    axes.bar(
+                        at, one.value or 0.0, 0.34, color=color, alpha=0.85, label=label if not column else None
+                    )
+                    _whisker(axes, at, one)
+        axes.set_xticks(range(len(CUTOFFS)), [f"R@{k}" for k in CUTOFFS])
+        axes.set_ylim(0, 1.03)
+        axes.set_title(one_line(f"{a} to {b}, 95 % intervals", 60), fontsize=11)
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    gaps = [scores.get(f"{prefix}modality_gap") for prefix in ("", CENTRED)]
+    if gaps[0] is not None and gaps[1] is not None:
+        figure.suptitle(f"Modality gap {_value(gaps[0])}, centred {_value(gaps[1])}", fontsize=12)

@@ -12,6 +12,7 @@ from mmcli.core.errors import OutputError
 from mmcli.evaluation.bootstrap import Resampling
 from mmcli.evaluation.diagnostics import DiagnosticOptions, Predict, Rows, diagnose
 from mmcli.evaluation.diagnostics_report import lines, sentences, to_dict, write_report
+from mmcli.evaluation.shared_space import diagnose_space
 
 CLASSES = 3
 
@@ -86,3 +87,19 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     diagnosis = diagnose(*noisy({"image": (0.9, 0.4), "text": (0.9, 1.0)}), DiagnosticOptions(Resampling(0)))
     with pytest.raises(OutputError):
         write_report(tmp_path / "missing", diagnosis)
+
+
+def test_of_a_shared_space(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(300, 8))
+    sides = [shared + 0.7 * rng.normal(size=shared.shape) + 4 * np.eye(8)[m] for m in range(2)]
+    space = diagnose_space(("image", "text"), sides[0], sides[1], range(300), Resampling(100))
+    written = write_report(tmp_path, space)
+    found = json.loads((tmp_path / "diagnostics.json").read_text())
+    assert found["items"] == [300, 300]
+    for name in ("modality_gap", "image_to_text_r_at_5", "text_to_image_r_at_1"):
+        shown = next(line.split() for line in written if line.startswith(name))
+        assert shown[1] == f"{found['scores'][name]['value']:.3f}"
+        assert f"{found['scores']['centred_' + name]['value']:.3f}" in shown[2:]
+    assert (tmp_path / "diagnostics.txt").read_text().splitlines() == written
+    assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
