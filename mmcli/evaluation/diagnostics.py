@@ -25,6 +25,7 @@ RATES = (0.0, 0.1, 0.3, 0.5, 0.7)
 MOST_MODALITIES = 8
 # Rows of one call. Indices and logits of 1,000 classes then take 33 MB.
 BLOCK_ROWS = 8192
+_PERMUTED_ROWS = 20_000
 # A modality is leaned on when it counts for at least twice what all others together do.
 LEANS = 2 / 3
 _SMALL = 1e-9
@@ -51,16 +52,34 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class DiagnosticOptions:
-    """How much is computed: n (2^M + M permutations) + additive_rows^2 answers of the model.
+    """How much is computed: see `answers_needed`.
 
-    permutations   of each modality, whose mean the perceptual score is
+    permutations   of each modality, whose mean the perceptual score is; of more than 2,000 rows fewer, 2 at least
     additive_rows  so many rows, drawn at random, are in the additive projection
     """
 
     resampling: Resampling = field(default_factory=Resampling)
     permutations: int = 10
-    additive_rows: int = 200
+    additive_rows: int = 128
     rates: tuple[float, ...] = RATES
+
+    def permutations_of(self, rows: int) -> int:
+        """Of so many rows: what counts for the mean is how many rows are permuted in all."""
+        return min(self.permutations, max(2, _PERMUTED_ROWS // rows))
+
+    def partners_of(self, rows: int, modalities: int) -> int:
+        """Combinations that each of the projection's rows is put into: all of two modalities, else drawn ones."""
+        chosen = min(rows, self.additive_rows)
+        return chosen if modalities == 2 else min(chosen, max(1, self.additive_rows**2 // (modalities * chosen)))
+
+
+def answers_needed(rows: int, modalities: int, options: DiagnosticOptions) -> int:
+    """How many rows `diagnose` asks the model about."""
+    subsets = rows * ((1 << modalities) - 1) + 1
+    permuted = rows * modalities * options.permutations_of(rows)
+    chosen, partners = min(rows, options.additive_rows), options.partners_of(rows, modalities)
+    projected = chosen * partners if modalities == 2 else modalities * chosen * partners + partners
+    return subsets + permuted + projected
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +211,7 @@ def diagnose(predict: Predict, rows: Rows, options: DiagnosticOptions | None = N
     for m, name in enumerate(rows.modalities):
         columns[f"alone {name}"] = right[(m,)]
         columns[f"masked {name}"] = right[tuple(k for k in range(size) if k != m)]
-        columns[f"permuted {name}"] = asked.permuted(m, options.permutations, rng)
+        columns[f"permuted {name}"] = asked.permuted(m, options.permutations_of(count), rng)
     curve = {rate: _under_missing(right, rows.there(), rate) for rate in options.rates}
     columns |= {f"missing {rate}": by_row for rate, (by_row, _) in curve.items()}
     scores = _scores(columns, lambda means: _derived(means, rows.modalities), options.resampling)
@@ -203,7 +222,7 @@ def diagnose(predict: Predict, rows: Rows, options: DiagnosticOptions | None = N
         modalities=uses,
         **{name: scores[name] for name in ("accuracy", "commonest", "ensemble", "joint")},
         missing=tuple(MissingRate(rate, gone, scores[f"missing {rate}"]) for rate, (_, gone) in curve.items()),
-        additive=_additive(asked, options, rng),
+        additive=_additive(asked, found[tuple(range(size))], options, rng),
         leans_on=leans_on,
         undecided=undecided,
         options=options,
@@ -353,19 +372,17 @@ def _leaning(uses: Sequence[ModalityUse]) -> tuple[str | None, bool]:
     return None, high >= LEANS
 
 
-def _additive(asked: _Asked, options: DiagnosticOptions, rng: np.random.Generator) -> Additive:
+def _additive(asked: _Asked, own: np.ndarray, options: DiagnosticOptions, rng: np.random.Generator) -> Additive:
+    """`own`: the model's logits [n, L] of the rows as they are."""
     count, size = asked.there.shape
-    budget = options.additive_rows**2
     chosen = np.sort(rng.permutation(count)[: options.additive_rows])
+    partners = options.partners_of(count, size)
     if size == 2:
-        partners = len(chosen)
         projected = _pairs(asked, chosen)
     else:
-        partners = min(len(chosen), max(1, budget // (size * len(chosen))))
         others = np.stack([rng.permutation(chosen)[:partners] for _ in range(size)], axis=1)
         projected = _anchored(asked, chosen, others)
-    own = asked.logits(asked.own[chosen], np.ones((len(chosen), size), bool))
-    columns = {"accuracy": asked.right(own, chosen), "projected": asked.right(projected, chosen)}
+    columns = {"accuracy": asked.right(own[chosen], chosen), "projected": asked.right(projected, chosen)}
     scores = _scores(
         columns, lambda means: {**means, "gain": means["accuracy"] - means["projected"]}, options.resampling
     )

@@ -283,6 +283,19 @@ def test_permutations_are_among_rows_that_have_it() -> None:
     assert found == pytest.approx(np.mean(right), abs=0.01)
 
 
+@pytest.mark.parametrize(("rows", "modalities"), [(9, 2), (90, 2), (90, 3), (5000, 2)])
+def test_how_much_is_asked(rows: int, modalities: int) -> None:
+    asked = 0
+
+    def predict(indices: np.ndarray, present: np.ndarray) -> np.ndarray:
+        nonlocal asked
+        asked += len(indices)
+        return np.zeros((len(indices), 2))
+
+    diagnose(predict, Rows(NAMES[:modalities], np.zeros(rows, np.int64)), NO_INTERVALS)
+    assert asked == diagnostics.answers_needed(rows, modalities, NO_INTERVALS)
+
+
 def test_the_seed_decides() -> None:
     predict, rows = table(1, (50, 2)), Rows(NAMES[:2], np.random.default_rng(1).integers(0, 3, 50))
     by_seed = [diagnose(predict, rows, replace(SOME, resampling=Resampling(50, seed))) for seed in (0, 0, 1)]

@@ -71,8 +71,8 @@ def test_files(tmp_path: Path) -> None:
     assert found == json.loads(json.dumps(to_dict(diagnosis)))
     assert found["modalities"]["image"]["perceptual"]["value"] == diagnosis.modality("image").perceptual.value
     assert [one["rate"] for one in found["missing"]] == [0, 0.1, 0.3, 0.5, 0.7]
-    assert found["additive"]["rows"] == 200
-    assert found["additive"]["partners"] == 200**2 // (3 * 200)
+    assert found["additive"]["rows"] == 128
+    assert found["additive"]["partners"] == 128**2 // (3 * 128)
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["diagnostics.json", "diagnostics.png", "diagnostics.txt"]
 
