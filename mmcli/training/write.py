@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +38,13 @@ class Form(Protocol):
     """How a family learns: see mmcli.training.write_tokens, mmcli.training.write_answers.
 
     accuracy  what `Sums.right` is the accuracy of; None: it has none
+    settings  what generation_config.json is to say beside what the base's says
     """
 
     accuracy: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     def load(
         self, plan: GenerationPlan, device: torch.device, from_config: bool
@@ -176,10 +180,11 @@ class Write:
         """As save_pretrained does, with the base's processor files beside it, and how it writes."""
         model.save_pretrained(folder)  # type: ignore[operator]
         copy_processor(self.plan.checkpoint, folder)
-        settings = self.plan.checkpoint.directory / GENERATION_FILE
-        if settings.is_file():
-            # As it was: inference has changed the loaded one (Whisper's thresholds).
-            shutil.copyfile(settings, folder / GENERATION_FILE)
+        # As it was: inference has changed the loaded one (Whisper's thresholds).
+        settings = self.plan.checkpoint.json(GENERATION_FILE)
+        if settings:
+            text = json.dumps({**settings, **self.form.settings}, indent=2, sort_keys=True)
+            (folder / GENERATION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def commonest(references: tuple[str, ...]) -> str:

@@ -79,6 +79,11 @@ class Answers:
         # Of two answers with one name, the first.
         self.index = {name: n for n, name in reversed(list(enumerate(self.plan.detail.answers)))}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Nothing is generated."""
+        return {}
+
     def load(
         self, plan: GenerationPlan, device: torch.device, from_config: bool
     ) -> tuple[Any, nn.Module, frozenset[str]]:

@@ -47,6 +47,11 @@ class Tokens:
     accuracy: str | None = "token_accuracy"
     ends: tuple[int, ...] = field(default=(), init=False)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As they were."""
+        return {}
+
     def load(
         self, plan: GenerationPlan, device: torch.device, from_config: bool
     ) -> tuple[Any, nn.Module, frozenset[str]]:
@@ -322,6 +327,14 @@ class SpeechTokens(Tokens):
 
     def _ends(self, loaded: Any) -> Sequence[int]:
         return [int(loaded.generation_config.eos_token_id)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Language and task: else the language would be found out, by weights that have not learned it."""
+        tongue: speech.Tongue = self.plan.detail
+        if not tongue.languages:
+            return {}
+        return {"language": tongue.language, "task": tongue.task, "forced_decoder_ids": None}
 
     def target(self, sample: Sample, text: str) -> list[int]:
         """Of a sound of one window."""
