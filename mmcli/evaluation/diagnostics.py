@@ -14,7 +14,8 @@ from itertools import combinations
 import numpy as np
 
 from mmcli.core.errors import ModelError
-from mmcli.evaluation.bootstrap import Resampling, ratio, score
+from mmcli.evaluation.bootstrap import Resampling, Score, ratio, score
+from mmcli.evaluation.validation import log_softmax, validation_scores
 
 # Rows put together of the modalities of validation rows -> logits float [k, L].
 # indices int64 [k, M]: row r has modality m of validation row indices[r, m]; present bool [k, M]: it has it at all.
@@ -167,7 +168,8 @@ class Additive:
 class Diagnosis:
     """Of a classifier of several modalities.
 
-    accuracy   with all that a row has
+    validation mean_per_class, macro_f1, ece, nll, ... (see mmcli.evaluation.validation), with all that a row has
+    accuracy   likewise
     commonest  the share of the commonest class among the rows: what answering without looking gets right
     ensemble   accuracy of the mean of the log-probabilities of the model's answers to each modality alone: the
                unimodal ensemble, which cannot join what modalities tell
@@ -179,6 +181,7 @@ class Diagnosis:
 
     rows: int
     modalities: tuple[ModalityUse, ...]
+    validation: tuple[Score, ...]
     accuracy: Measured
     commonest: Measured
     ensemble: Measured
@@ -217,12 +220,14 @@ def diagnose(predict: Predict, rows: Rows, options: DiagnosticOptions | None = N
     scores = _scores(columns, lambda means: _derived(means, rows.modalities), options.resampling)
     uses = tuple(_use(name, int(rows.there()[:, m].sum()), scores) for m, name in enumerate(rows.modalities))
     leans_on, undecided = _leaning(uses)
+    whole = found[tuple(range(size))]
     return Diagnosis(
         rows=count,
         modalities=uses,
+        validation=tuple(validation_scores(whole, rows.truth, options.resampling)),
         **{name: scores[name] for name in ("accuracy", "commonest", "ensemble", "joint")},
         missing=tuple(MissingRate(rate, gone, scores[f"missing {rate}"]) for rate, (_, gone) in curve.items()),
-        additive=_additive(asked, found[tuple(range(size))], options, rng),
+        additive=_additive(asked, whole, options, rng),
         leans_on=leans_on,
         undecided=undecided,
         options=options,
@@ -292,13 +297,6 @@ def _ensemble(logits: dict[tuple[int, ...], np.ndarray], there: np.ndarray) -> n
     having = there.sum(axis=1)[:, None]
     answered: np.ndarray = np.where(having > 0, total / np.maximum(having, 1), logits[()])
     return answered
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Along the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    found: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return found
 
 
 def _under_missing(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmcli.core.durable import output_errors, temporary_name, write_durably, write_json
 from mmcli.core.errors import one_line
+from mmcli.evaluation.bootstrap import Score
 from mmcli.evaluation.diagnostics import Diagnosis, Measured, ModalityUse
 from mmcli.evaluation.plot import BLUE, GREY, RED
 from mmcli.evaluation.report import table
@@ -48,10 +49,15 @@ def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
     found = asdict(diagnosis)
     options = found.pop("options")
     uses = {one.pop("name"): one for one in found.pop("modalities")}
+    found["validation"] = _scores(diagnosis.validation)
     how = options.pop("resampling")
     settings = {"bootstrap": how["replicates"], "seed": how["seed"], "confidence": 0.95}
     settings |= {name: options[name] for name in ("permutations", "additive_rows")}
     return {**found, "modalities": uses, "settings": settings, "sentences": list(sentences(diagnosis))}
+
+
+def _scores(scores: Sequence[Score]) -> dict[str, dict[str, float | None]]:
+    return {one.name: {"value": one.value, "low": one.low, "high": one.high} for one in scores}
 
 
 def lines(diagnosis: Diagnosis) -> list[str]:
@@ -72,8 +78,10 @@ def lines(diagnosis: Diagnosis) -> list[str]:
 def _whole(diagnosis: Diagnosis) -> list[list[str]]:
     additive = diagnosis.additive
     projection = f"additive projection (EMAP), {additive.rows:,} rows"
+    measured = {one.name: Measured(one.value, one.low, one.high) for one in diagnosis.validation}
     named = {
         "accuracy": diagnosis.accuracy,
+        **{name: one for name, one in measured.items() if name != "accuracy"},
         "always the commonest class": diagnosis.commonest,
         "unimodal ensemble": diagnosis.ensemble,
         "accuracy beyond the best modality alone": diagnosis.joint,
@@ -251,8 +259,8 @@ def _curve(axes: Axes, diagnosis: Diagnosis) -> None:
 
 def space_dict(space: SharedSpace) -> dict[str, Any]:
     """JSON values."""
-    scores = {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in space.scores}
-    return {"modalities": list(space.names), "items": list(space.items), "scores": scores, "notes": space.notes}
+    told = {"modalities": list(space.names), "items": list(space.items)}
+    return {**told, "scores": _scores(space.scores), "notes": space.notes}
 
 
 def space_lines(space: SharedSpace) -> list[str]:

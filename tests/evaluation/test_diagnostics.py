@@ -316,6 +316,21 @@ def test_intervals_are_paired() -> None:
     assert found.modality("image").drop == diagnostics.Measured(0.0, 0.0, 0.0)
 
 
+def test_validation_scores() -> None:
+    """As they are in plain numpy; accuracy, and its interval, twice the same."""
+    rng = np.random.default_rng(6)
+    logits, truth = rng.normal(size=(80, 4)), rng.integers(0, 4, 80)
+    predict = predictor(np.tile(np.arange(80)[:, None], (1, 2)), lambda row: list(logits[row[0] or 0]))
+    found = diagnose(predict, Rows(NAMES[:2], truth), SOME)
+    scores = {one.name: one for one in found.validation}
+    one = scores["accuracy"]
+    assert (one.value, one.low, one.high) == (found.accuracy.value, found.accuracy.low, found.accuracy.high)
+    right = logits.argmax(axis=1) == truth
+    assert scores["mean_per_class"].value == pytest.approx(np.mean([right[truth == c].mean() for c in range(4)]))
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert scores["nll"].value == pytest.approx(-np.log(chances[np.arange(80), truth]).mean(), abs=1e-6)
+
+
 # What cannot be -------------------------------------------------------------------------------------------------
 
 
