@@ -557,6 +557,15 @@ class TrainingArguments:
     question_column: Annotated[
         str, _option(TRAINING, "--question-column", "COLUMN", "vqa: column with questions.")
     ] = "question"
+    prompt: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            "--prompt",
+            "TEXT",
+            "caption: what the model is told first; give mmcli caption the same.",
+        ),
+    ] = None
     max_new_tokens: Annotated[
         str,
         _option(

@@ -12,6 +12,7 @@ from mmcli.cli.messages import Messages
 from mmcli.cli.options import TrainingArguments
 from mmcli.cli.parse import Problems
 from mmcli.core.errors import ConfigError
+from mmcli.core.template import Template
 
 if TYPE_CHECKING:
     from mmcli.cli.objectives import Given, Listed
@@ -91,7 +92,13 @@ class WriteRecipe:
         question = given.training.question_column
         if set(question) & set("{}!:"):
             raise ConfigError(f"--question-column {question!r}: rename it, without any of {{ }} ! :")
+        prompt = given.training.prompt
+        if prompt is not None and (self.name == "vqa" or Template.parse(prompt).columns):
+            raise ConfigError(
+                f"--prompt {prompt!r}: of captions, and the same for every row; --objective vqa asks each"
+            )
         return Generation(
+            prompt=prompt,
             max_new_tokens=limit or _TOKENS[self.name],
             limited=limit is not None,
             questions=("{" + question + "}",) if self.name == "vqa" else (),
@@ -130,10 +137,8 @@ class WriteRecipe:
         form = form_of(writer)
         cut = check_texts(form.plan, texts)
         if cut:
-            messages.note(
-                f"{cut} texts of INPUT have more than {form.plan.generation.max_new_tokens} tokens, and are cut; "
-                "--max-new-tokens"
-            )
+            most = form.plan.generation.max_new_tokens
+            messages.note(f"{cut} texts of INPUT are cut at {most} tokens; --max-new-tokens N keeps more")
         return form.plan, form
 
     def targets(self, listed: Listed, objective: Any) -> list[Any]:

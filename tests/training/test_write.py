@@ -38,6 +38,7 @@ QUESTIONS = ("is it a cat", "what is on the left of the photo?")
 # name -> (builder, task)
 FAMILIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "blip": (tiny_captioners.blip, "caption"),
+    "blip_prompt": (tiny_captioners.blip, "caption"),
     "git": (tiny_captioners.git, "caption"),
     "vit_gpt2": (tiny_captioners.vit_gpt2, "caption"),
     "blip_2": (tiny_captioners.blip_2, "caption"),
@@ -95,6 +96,7 @@ def objective_of(name: str, base: Path, **options: Any) -> Write:
         return Write(plan, Answers(plan), measure_answers, name="vqa", **options)
     task = FAMILIES[name][1]
     generation = Generation(
+        prompt="a photo of the" if name in ("blip_prompt", "smolvlm") else None,
         max_new_tokens=10,
         questions=("{question}",) if task == "ask" else (),
         variables=("question",) if name != "whisper" else (),
@@ -189,6 +191,10 @@ def own_loss(name: str, model: Any, inputs: dict[str, torch.Tensor], targets: to
         return float(model(input_features=inputs["input_features"], decoder_input_ids=ids, labels=labels).loss)
     if name in ("blip", "blip_vqa"):
         prompt = torch.full((count, 1), model.config.text_config.bos_token_id)
+    elif name == "blip_prompt":
+        # Its processor puts [CLS] before and [SEP] behind; `generate` begins with [DEC], and takes no end.
+        prompt = inputs["input_ids"][:, :-1].clone()
+        prompt[:, 0] = model.config.text_config.bos_token_id
     elif name == "blip_2":
         places = [model.config.image_token_index] * model.config.num_query_tokens
         prompt = torch.tensor([[*places, 0]]).expand(count, -1)
@@ -346,6 +352,22 @@ def test_captions_are_learned_and_measured_as_users_get_them(tmp_path: Path) -> 
     assert best["val_token_accuracy"] > right
 
 
+def test_prompts_and_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `mmcli caption` is given, too: the prompt is read, not learned; longer texts are told."""
+    rows = manifest(tmp_path / "rows.jsonl", "images.jsonl", slice(0, 8))
+    more = ("--prompt", "a photo of", "--max-new-tokens", 8)
+    log = finetune(tmp_path / "run", rows, rows, "--objective", "caption", *more,
+                   "-m", SAMPLES / "models" / "captioner", "--max-steps", 1, "--learning-rate", 0)  # fmt: skip
+    captions = [json.loads(line)["caption"] for line in rows.read_text().splitlines()]
+    cut = sum(len(caption.split()) > 7 for caption in captions)
+    assert f"{cut} texts of INPUT are cut at 8 tokens; --max-new-tokens N keeps more" in capsys.readouterr().err
+    best = best_of(tmp_path / "run", log)
+    assert best["val_token_accuracy"] == 1
+    assert best["val_exact_match"] == np.mean([len(caption.split()) <= 8 for caption in captions])
+    found = written(tmp_path / "run", rows, "caption", "caption", *more)
+    assert found == [" ".join(caption.split()[:8]) for caption in captions]
+
+
 def test_answers_of_annotators(tmp_path: Path) -> None:
     """The commonest is written; lists of answers are measured as the challenge does; adapters are merged."""
     answers = {"answers": lambda line: [line["answer"]] * 3 + ["blue"]}
@@ -441,6 +463,7 @@ def test_mistakes(tmp_path: Path, built: Built, capsys: pytest.CaptureFixture[st
     control = manifest(tmp_path / "control.jsonl", "images.jsonl", slice(0, 4), caption=lambda line: "a [SEP] b")
     assert "'a [SEP] b' holds '[SEP]', one of the model's own tokens" in said(*caption, rows=control)
     assert "--new-answers" in said(*caption, "--new-answers")
+    assert "the same for every row" in said(*caption, "--prompt", "a {label}")
     assert "there are no weights to train" in said("--objective", "caption", "-m", "fake:8")
     assert "--metric 'vqa_accuracy' is not one of" in said(*caption, "--metric", "vqa_accuracy")
     assert "a list of 4 answers or more" in said(*vqa, "--metric", "vqa_accuracy")
