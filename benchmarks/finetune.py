@@ -5,8 +5,8 @@
 The Trainer's script is what its documentation shows: a Dataset of pictures and captions, CLIPProcessor in the
 collate function, `return_loss=True`, one data worker. Both train one epoch of ROWS and one of 2 ROWS pictures of
 640 x 480; the difference of the two is the time of ROWS rows once everything is loaded. mmcli also measures 32
-validation rows and writes its checkpoints; it does not read all rows beforehand (--no-preflight), which Trainer does
-not either. Losses of the last steps are compared: rows come in another order, so they are near, not equal.
+validation rows and writes its checkpoints; it does not read all rows beforehand (--no-preflight), as Trainer does
+not. Losses of the last steps are compared: rows come in another order, so they are near, not equal.
 """
 
 from __future__ import annotations
