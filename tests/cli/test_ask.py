@@ -186,7 +186,7 @@ WRONG = [
     (["-q", "is it {titel}?"], "the prompt's {titel}: m.jsonl has no such column; did you mean title?"),
     (["--question-column", "qestion"], "--question-column qestion: m.jsonl has no such column; did you mean quest"),
     (["--question-column", "a{b"], "--question-column 'a{b': rename it"),
-    (["-q", "what?", "--keep", "answer"], "--keep answer: the output has a column answer of its own; call it otherwise: --keep true_answer=answer"),
+    (["-q", "what?", "--keep", "answer"], "--keep answer: the output has a column answer of its own; call it"),
     (["-q", "what?", "--choices", "yes"], "--choices 'yes': give two or more different answers"),
     (["-q", "what?", "--choices", "a,b", "--schema", "a int"], "--choices and --schema exclude one another"),
     (["-q", "what?", "--choices", "a,b", "--num-beams", "2"], "--choices does not go with --num-beams 2"),
