@@ -32,7 +32,9 @@ from mmcli.core.records import MODALITIES
 
 if TYPE_CHECKING:
     from mmcli.models.options import ModelOptions
+    from mmcli.training.contrastive import Contrastive
     from mmcli.training.data import Row
+    from mmcli.training.fusion import FusionNetwork
     from mmcli.training.loop import Trainer
     from mmcli.training.objective import Objective
     from mmcli.training.options import TrainOptions
@@ -314,25 +316,45 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
 
 
 def _diagnose(command: Command, trainer: Trainer, messages: Messages) -> None:
-    """Of a fusion model: what it makes of each modality, as diagnostics.json, .txt and .png."""
+    """What the best model makes of each modality, or of the space that two share: diagnostics.json, .txt, .png."""
     from mmcli.training.classify import Classify
-    from mmcli.training.fusion import FusionNetwork, recombined
+    from mmcli.training.contrastive import Contrastive
+    from mmcli.training.fusion import FusionNetwork
 
     objective = command.objective
-    if not isinstance(objective, Classify) or not isinstance(objective.network, FusionNetwork):
-        return
-    if len(objective.network.encoders) < 2:
-        return
+    fusion = objective.network if isinstance(objective, Classify) else None
+    if isinstance(fusion, FusionNetwork) and len(fusion.encoders) > 1:
+        _diagnose_fusion(command, trainer, fusion, messages)
+    if isinstance(objective, Contrastive):
+        _diagnose_space(command, trainer, objective)
+
+
+def _diagnose_fusion(command: Command, trainer: Trainer, fusion: FusionNetwork, messages: Messages) -> None:
     from mmcli.evaluation.diagnostics import DiagnosticOptions, Rows, diagnose
     from mmcli.evaluation.diagnostics_report import sentences, write_report
+    from mmcli.training.fusion import recombined
 
     messages.note("asking the best model what it makes of each modality")
-    model = recombined(command.run / "best", objective, trainer.validation_batches(), trainer.device)
-    rows = Rows(tuple(objective.network.encoders), model.targets, model.present)
+    model = recombined(command.run / "best", command.objective, trainer.validation_batches(), trainer.device)
+    rows = Rows(tuple(fusion.encoders), model.targets, model.present)
     found = diagnose(model, rows, DiagnosticOptions())
     write_report(command.run, found)
     for sentence in sentences(found):
         messages.note(sentence)
+
+
+def _diagnose_space(command: Command, trainer: Trainer, objective: Contrastive) -> None:
+    import torch
+
+    from mmcli.evaluation.bootstrap import Resampling
+    from mmcli.evaluation.diagnostics_report import write_report
+    from mmcli.evaluation.shared_space import diagnose_space
+
+    best = objective.of(command.run / "best")
+    model = best.build(trainer.device).eval()
+    with torch.inference_mode():
+        a, b, groups, _ = best.vectors(model, trainer.validation_batches())
+    write_report(command.run, diagnose_space(objective.slots, a, b, groups.tolist(), Resampling()))
 
 
 def _finish(command: Command, trainer: Trainer, progress: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,11 @@ class Contrastive:
         self._towers = towers_of(model, plan)
         return model  # type: ignore[no-any-return]
 
+    def of(self, folder: Path) -> Contrastive:
+        """The same objective of the model that `save` wrote into a folder."""
+        checkpoint = replace(self.plan.checkpoint, id=str(folder), directory=folder, revision=None, folders=())
+        return replace(self, plan=replace(self.plan, checkpoint=checkpoint), from_config=False)
+
     def new_weights(self) -> frozenset[str]:
         """None: all are the checkpoint's."""
         return frozenset()
@@ -166,18 +171,21 @@ class Contrastive:
 
     def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
         """What `measure` says of the vectors of all rows, and the mean loss of batches."""
-        vectors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        a, b, groups, loss = self.vectors(model, batches)
+        return {**self.measure(a, b, groups), "loss": loss}
+
+    def vectors(self, model: nn.Module, batches: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """Vectors of both sides, float32 [n, D], the rows' groups, and the mean loss of batches."""
+        sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         groups, losses = [], []
-        for pieces in batches:
-            for piece in pieces:
-                a, b = self._encode(piece.a).float(), self._encode(piece.b).float()
-                losses.append(float(self._loss(model, a, b, piece.groups.to(self._place))) * len(a))
-                vectors[0].append(a.cpu())
-                vectors[1].append(b.cpu())
-                groups.append(piece.groups)
-        a_side, b_side = (torch.cat(side).numpy() for side in vectors)
-        found = self.measure(a_side, b_side, torch.cat(groups).numpy())
-        return {**found, "loss": sum(losses) / sum(map(len, groups))}
+        for piece in (piece for pieces in batches for piece in pieces):
+            a, b = self._encode(piece.a).float(), self._encode(piece.b).float()
+            losses.append(float(self._loss(model, a, b, piece.groups.to(self._place))) * len(a))
+            sides[0].append(a.cpu())
+            sides[1].append(b.cpu())
+            groups.append(piece.groups)
+        found = [torch.cat(side).numpy() for side in sides]
+        return found[0], found[1], torch.cat(groups).numpy(), sum(losses) / sum(map(len, groups))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """As save_pretrained does, with the base's processor files beside it."""

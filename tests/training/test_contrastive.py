@@ -184,5 +184,10 @@ def test_what_is_measured_is_what_embed_gives(tmp_path: Path) -> None:
     told = json.loads((run / "run.json").read_text())
     measured = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = next(line for line in measured if line["step"] == told["best_step"] and "val_r_at_1" in line)
+    report = json.loads((run / "diagnostics.json").read_text())
+    assert report["modalities"] == ["image", "text"]
+    assert report["scores"]["modality_gap"]["value"] == pytest.approx(found["modality_gap"], abs=1e-5)
+    ways = [report["scores"][f"{way}_r_at_1"]["value"] for way in ("image_to_text", "text_to_image")]
+    assert np.mean(ways) == pytest.approx(found["r_at_1"])
     for name, value in found.items():
         assert best[f"val_{name}"] == pytest.approx(value, abs=1e-5), name
