@@ -1,12 +1,16 @@
-"""The tiny chat model answers rightly about pictures that it was not trained on."""
+"""The tiny chat model and the tiny Whisper are right about pictures and sounds that they were not trained on."""
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -29,7 +33,7 @@ def share(found: list[str], wanted: list[str]) -> float:
     return float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
 
 
-@pytest.mark.parametrize("name", ["chat"])
+@pytest.mark.parametrize("name", ["chat", "sounds"])
 def test_checkpoints_are_small_and_in_full_precision(sample_data: Path, name: str) -> None:
     from safetensors import safe_open
 
@@ -112,3 +116,62 @@ def upright(path: Path) -> Image.Image:
         if turned.mode == "RGBA":
             turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
         return turned.convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------- sounds
+
+
+@pytest.fixture
+def sounds(sample_data: Path) -> tuple[str, Path]:
+    return "-m", sample_data / "models" / "sounds"
+
+
+def truth(sample_data: Path) -> dict[str, str]:
+    """What each file of `sounds/` is."""
+    with (sample_data / "sounds.csv").open(encoding="utf-8", newline="") as file:
+        return {Path(row["audio"]).name: row["caption"] for row in csv.DictReader(file)}
+
+
+def samples(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        parts = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+    return np.concatenate(parts)
+
+
+def write_wav(path: Path, parts: list[np.ndarray]) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(np.concatenate(parts).astype("<i2").tobytes())
+
+
+def test_whisper_names_the_sample_sounds(sample_data: Path, sounds: tuple[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(sample_data / "sounds", tmp_path / "sounds")
+    wanted = truth(sample_data)
+    mmcli("caption", copy, *sounds, "-o", tmp_path / "out.jsonl", "--srt")
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == sorted(wanted)
+    assert share([row["caption"] for row in rows], [wanted[row["id"]] for row in rows]) >= 0.8
+    # Each subtitle says the same, from the sound's start to its end.
+    for row in rows:
+        times, text = (copy / row["id"]).with_suffix(".srt").read_text(encoding="utf-8").splitlines()[1:3]
+        assert times.startswith("00:00:00,0")
+        assert row["caption"].startswith(text)
+
+
+def test_whisper_says_when(sample_data: Path, sounds: tuple[str, Path], tmp_path: Path) -> None:
+    """A second of silence before each sound."""
+    lengths = {}
+    for name in truth(sample_data):
+        sound = samples(sample_data / "sounds" / name)
+        write_wav(tmp_path / f"{Path(name).stem}.wav", [np.zeros(16_000, np.int16), sound])
+        lengths[Path(name).stem] = len(sound) / 16_000
+    rows = mmcli("caption", tmp_path, *sounds)
+    assert len(rows) == len(lengths)
+    right = []
+    for row in rows:
+        found = [(part["start"], part["end"]) for part in row["segments"]]
+        wanted = [(1, 1 + lengths[Path(row["id"]).stem])]
+        right.append(len(found) == 1 and np.allclose(found, wanted, atol=0.1))
+    assert np.mean(right) >= 0.8
