@@ -28,10 +28,13 @@ IGNORED = -100
 Inputs = dict[str, torch.Tensor]
 # Chat models that are trained here: their masks and positions are known.
 CHATS = (
-    "idefics2", "idefics3", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "smolvlm",
+    "gemma3", "idefics2", "idefics3", "llava", "llava_next", "llava_onevision", "paligemma", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_vl", "smolvlm",
 )  # fmt: skip
-CAPTIONERS = {"caption": ("blip", "blip-2", "git", "vision-encoder-decoder"), "ask": ("blip", "blip-2", "git")}
+CAPTIONERS = {
+    "caption": ("blip", "blip-2", "git", "instructblip", "vision-encoder-decoder"),
+    "ask": ("blip", "blip-2", "git", "instructblip"),
+}
 
 
 @dataclass
@@ -219,21 +222,26 @@ def _blip_2(model: Any, inputs: Inputs, targets: torch.Tensor) -> torch.Tensor:
         places = _begin(inputs, config.image_token_index).expand(-1, config.num_query_tokens)
         prompt = torch.cat([places, _begin(inputs, config.text_config.bos_token_id)], dim=1)
     padding = config.text_config.pad_token_id
-    if not config.use_decoder_only_language_model:
-        start = model.language_model.generation_config.decoder_start_token_id
-        ids = torch.cat([_begin(inputs, start), _known(targets, padding)], dim=1)
-        logits: torch.Tensor = model(
-            pixel_values=inputs["pixel_values"],
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            decoder_input_ids=ids,
-        ).logits
-        return logits
-    logits = model(pixel_values=inputs["pixel_values"], **_after(prompt, targets, padding)).logits
-    return logits[:, -targets.shape[1] :]
+    # InstructBLIP's Q-Former reads the prompt, too.
+    seen = {name: tensor for name, tensor in inputs.items() if name.startswith(("pixel_", "qformer_"))}
+    if config.use_decoder_only_language_model:
+        logits: torch.Tensor = model(**seen, **_after(prompt, targets, padding)).logits
+        return logits[:, -targets.shape[1] :]
+    start = model.language_model.generation_config.decoder_start_token_id
+    ids = torch.cat([_begin(inputs, start), _known(targets, padding)], dim=1)
+    found: torch.Tensor = model(
+        **seen, input_ids=prompt, attention_mask=torch.ones_like(prompt), decoder_input_ids=ids
+    ).logits
+    return found
 
 
-_LOGITS = {"blip": _blip, "blip-2": _blip_2, "git": _git, "vision-encoder-decoder": _encoder_decoder}
+_LOGITS = {
+    "blip": _blip,
+    "blip-2": _blip_2,
+    "git": _git,
+    "instructblip": _blip_2,
+    "vision-encoder-decoder": _encoder_decoder,
+}
 
 
 class DecoderTokens(Tokens):
@@ -263,6 +271,8 @@ class ChatTokens(Tokens):
         """As they follow a prompt. Raises ModelError for a template that does not just go on from it."""
         from mmcli.models.chat_inputs import Turn
 
+        if self.plan.detail.form == "paligemma":
+            return super().tokens(text)
         processor = self._processor
         template = processor.processor.apply_chat_template
         asked = template(processor.messages(None, [Turn((), "a")]), tokenize=False, add_generation_prompt=True)
@@ -291,15 +301,20 @@ def _chat(model: Any, inputs: Inputs, targets: torch.Tensor) -> torch.Tensor:
     """Prompts are padded on the left, as `generate` has them: so all targets begin at one place."""
     count, more = targets.shape
     counted = targets[:, :-1] != IGNORED
+    kind = model.config.model_type
     tail = {"input_ids": _known(targets, 0), "attention_mask": counted.long()}
+    if kind == "paligemma":
+        # What is written sees what is before it, the prompt sees all of itself.
+        tail["token_type_ids"] = torch.ones_like(counted, dtype=torch.long)
     inputs = dict(inputs)
     for name in TOKEN_FILL:
         if name in inputs:
             zeros = inputs[name].new_zeros((count, more - 1, *inputs[name].shape[2:]))
             inputs[name] = torch.cat([inputs[name], tail.get(name, zeros)], dim=1)
-    if not model.config.model_type.startswith("qwen"):
-        # A picture's place counts as one; Qwen-VL finds out its own positions.
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+    if not kind.startswith("qwen"):
+        # Qwen-VL finds out its own positions; PaliGemma's begin at 1.
+        first = int(kind == "paligemma")
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0) + first
     logits: torch.Tensor = model(**inputs, logits_to_keep=more, use_cache=False).logits
     return logits
 

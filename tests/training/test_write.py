@@ -45,9 +45,12 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "blip_2_t5": (tiny_captioners.blip_2_t5, "ask"),
     "git_vqa": (tiny_captioners.git, "ask"),
     "blip_vqa": (tiny_vqa.blip_vqa, "ask"),
+    "instructblip": (tiny_vqa.instructblip, "ask"),
     "llava": (tiny_chats.llava, "ask"),
     "smolvlm": (tiny_chats.smolvlm, "caption"),
     "qwen2_vl": (tiny_chats.qwen2_vl, "ask"),
+    "paligemma": (tiny_chats.paligemma, "ask"),
+    "gemma3": (tiny_chats.gemma3, "ask"),
     "whisper": (tiny_speech.multilingual, "caption"),
 }
 Built = Callable[[str], Path]
@@ -200,16 +203,17 @@ def own_loss(name: str, model: Any, inputs: dict[str, torch.Tensor], targets: to
         prompt = torch.tensor([[*places, 0]]).expand(count, -1)
     else:
         prompt = inputs.get("input_ids", torch.full((count, 1), 2))
-    mask = inputs["attention_mask"] if name in ("llava", "smolvlm", "qwen2_vl") else torch.ones_like(prompt)
+    mask = inputs.get("attention_mask", torch.ones_like(prompt))[:, : prompt.shape[1]]
     ids = torch.cat([prompt, targets.masked_fill(targets == IGNORED, 0)], dim=1)
     labels = torch.cat([torch.full_like(prompt, IGNORED), targets], dim=1)
     mask = torch.cat([mask, (targets != IGNORED).long()], dim=1)
     if name == "blip_vqa":
         asked = {k: inputs[k] for k in ("input_ids", "attention_mask")}
         return float(model(**pixels, **asked, decoder_input_ids=ids, labels=labels).loss)
-    more = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    if "mm_token_type_ids" in inputs:
-        more["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(targets)], dim=1)
+    more = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    for kind in {"mm_token_type_ids", "token_type_ids"} & more.keys():
+        # Of PaliGemma, 1 is what follows the prompt.
+        more[kind] = torch.cat([more[kind], torch.full_like(targets, int(name == "paligemma"))], dim=1)
     return float(model(**more, input_ids=ids, attention_mask=mask, labels=labels).loss)
 
 
@@ -439,7 +443,9 @@ def test_random_weights_of_a_known_architecture(tmp_path: Path, built: Built) ->
 def test_models_that_are_not_trained_here(tmp_path: Path) -> None:
     base = tiny_captioners.florence2(tmp_path / "base")
     plan: Any = resolve_writer(ModelOptions(str(base), device="cpu"), Generation())
-    with pytest.raises(ConfigError, match="a florence2 is not trained here yet; these are: blip, blip-2, git"):
+    with pytest.raises(
+        ConfigError, match="a florence2 is not trained here yet; these are: blip, blip-2, gemma3, git, "
+    ):
         form_of(plan)
 
 
