@@ -29,7 +29,7 @@ Inputs = dict[str, torch.Tensor]
 # Chat models that are trained here: their masks and positions are known.
 CHATS = (
     "gemma3", "idefics2", "idefics3", "llava", "llava_next", "llava_onevision", "paligemma", "qwen2_5_vl",
-    "qwen2_vl", "qwen3_vl", "smolvlm",
+    "qwen2_audio", "qwen2_vl", "qwen3_vl", "smolvlm",
 )  # fmt: skip
 CAPTIONERS = {
     "caption": ("blip", "blip-2", "git", "instructblip", "vision-encoder-decoder"),
@@ -311,11 +311,12 @@ def _chat(model: Any, inputs: Inputs, targets: torch.Tensor) -> torch.Tensor:
         if name in inputs:
             zeros = inputs[name].new_zeros((count, more - 1, *inputs[name].shape[2:]))
             inputs[name] = torch.cat([inputs[name], tail.get(name, zeros)], dim=1)
-    if not kind.startswith("qwen"):
+    if "_vl" not in kind:
         # Qwen-VL finds out its own positions; PaliGemma's begin at 1.
         first = int(kind == "paligemma")
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0) + first
-    logits: torch.Tensor = model(**inputs, logits_to_keep=more, use_cache=False).logits
+    # Qwen2-Audio gives all logits, whatever it is asked for.
+    logits: torch.Tensor = model(**inputs, logits_to_keep=more, use_cache=False).logits[:, -more:]
     return logits
 
 

@@ -51,8 +51,10 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "qwen2_vl": (tiny_chats.qwen2_vl, "ask"),
     "paligemma": (tiny_chats.paligemma, "ask"),
     "gemma3": (tiny_chats.gemma3, "ask"),
+    "qwen2_audio": (tiny_chats.qwen2_audio, "caption"),
     "whisper": (tiny_speech.multilingual, "caption"),
 }
+HEARING = ("qwen2_audio", "whisper")
 Built = Callable[[str], Path]
 
 
@@ -86,7 +88,7 @@ def picture_rows(folder: Path, count: int, texts: Sequence[tuple[str, ...]] = tu
 
 
 def rows_of(name: str, folder: Path, count: int) -> list[Row]:
-    if name != "whisper":
+    if name not in HEARING:
         return picture_rows(folder, count)
     spoken = sound_rows(folder, count)
     return [replace(row, target=(("the sea", "blue and wide today")[n % 2],)) for n, row in enumerate(spoken)]
@@ -102,7 +104,7 @@ def objective_of(name: str, base: Path, **options: Any) -> Write:
         prompt="a photo of the" if name in ("blip_prompt", "smolvlm") else None,
         max_new_tokens=10,
         questions=("{question}",) if task == "ask" else (),
-        variables=("question",) if name != "whisper" else (),
+        variables=("question",) if name not in HEARING else (),
         task=task,  # type: ignore[arg-type]
         language="de" if name == "whisper" else None,
     )
