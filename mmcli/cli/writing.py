@@ -72,15 +72,19 @@ class WriteRecipe:
         messages = Messages(quiet=given.messages.quiet, log_file=given.messages.log_file)
         if metric == "vqa_accuracy" and min(map(len, texts)) < 4:
             raise ConfigError("--metric vqa_accuracy needs a list of 4 answers or more in every row")
-        if options.balance:
-            raise ConfigError(f"--balance is of labels, which --objective {self.name} has not")
+        if options.balance or options.modality_dropout:
+            flag = "--balance" if options.balance else "--modality-dropout"
+            raise ConfigError(f"{flag} is of --objective classify; leave it out")
         model, generation = replace(model, dtype="float32"), self._generation(given)
         plan, form = self._form(given, model, generation, texts, messages)
         if metric == "token_accuracy" and form.accuracy is None:
             raise ConfigError("--metric token_accuracy: a ViLT chooses answers and writes no token")
         if options.label_smoothing and form.accuracy is None:
             raise ConfigError("--label-smoothing: a ViLT's targets are soft already; leave it out")
-        measure = measure_answers if self.name == "vqa" else measure_texts
+        heard = plan.output == "speech"
+        if metric == "neg_wer" and not heard:
+            raise ConfigError(f"--metric neg_wer is of speech, by Whisper; -m {model.model} hears none")
+        measure = measure_answers if self.name == "vqa" else measure_speech if heard else measure_texts
         smoothing, random = options.label_smoothing, given.training.from_config
         return Write(plan, form, measure, smoothing, random, name=self.name, metric=metric)
 
@@ -173,6 +177,18 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def measure_speech(texts: Sequence[str], wanted: Sequence[tuple[str, ...]]) -> dict[str, float]:
+    """As `mmcli eval` has them, without case and punctuation: exact_match and wer."""
+    import numpy as np
+
+    from mmcli.evaluation.speech import edits, plain_text
+
+    heard, true = [plain_text(text) for text in texts], [plain_text(one[0]) for one in wanted]
+    exact = float(np.mean([a == b for a, b in zip(heard, true, strict=True)]))
+    *each, words = edits(true, heard)[0].sum(axis=0)
+    return {"exact_match": exact, "wer": float(sum(each) / max(1.0, words))}
+
+
 def measure_answers(texts: Sequence[str], wanted: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """As `mmcli eval` has them: exact_match with the commonest answer; vqa_accuracy where all rows have four."""
     from mmcli.evaluation.vqa import ANNOTATORS, normalize_answer, vqa_accuracy
@@ -190,6 +206,6 @@ def measure_answers(texts: Sequence[str], wanted: Sequence[tuple[str, ...]]) -> 
 
 
 WRITING = {
-    "caption": WriteRecipe("caption", ("exact_match", "token_accuracy", "neg_loss"), "caption"),
+    "caption": WriteRecipe("caption", ("exact_match", "token_accuracy", "neg_loss", "neg_wer"), "caption"),
     "vqa": WriteRecipe("vqa", ("exact_match", "vqa_accuracy", "token_accuracy", "neg_loss"), "answer"),
 }

@@ -173,8 +173,9 @@ class Write:
         found = {**self.measure(texts, references), "loss": loss}
         if self.form.accuracy is not None:
             found[self.form.accuracy] = sum(one.right for one in sums) / total
-        # The best is the one with the highest value.
-        return {**found, "neg_loss": -loss} if self.metric == "neg_loss" else found
+        # The best is the one with the highest value: of what should be low, its negative.
+        low = self.metric.removeprefix("neg_")
+        return {**found, self.metric: -found[low]} if low != self.metric else found
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """As save_pretrained does, with the base's processor files beside it, and how it writes."""

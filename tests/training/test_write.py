@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,18 @@ import tiny_chats
 import tiny_speech
 import tiny_vqa
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from training_runs import sound_rows, still, trainer_of
 
 from mmcli.cli.boundary import run as mmcli
-from mmcli.cli.writing import measure_answers, measure_texts, references
+from mmcli.cli.writing import measure_answers, measure_speech, measure_texts, references
 from mmcli.core.errors import ConfigError, Stopped
 from mmcli.core.records import Media
+from mmcli.evaluation.bootstrap import Resampling
+from mmcli.evaluation.speech import evaluate
 from mmcli.models.options import Generation, ModelOptions
 from mmcli.models.resolve import resolve_writer
 from mmcli.training.data import Batches, Row, Rows, load
@@ -283,6 +287,22 @@ def test_known_and_unknown_answers(tmp_path: Path, built: Built) -> None:
     assert torch.allclose(targets, wanted)
 
 
+def test_a_vilt_without_answers_gets_those_of_the_rows(tmp_path: Path, built: Built) -> None:
+    """As dandelin/vilt-b32-mlm: its body is kept, and the whole head is new."""
+    base = tmp_path / "base"
+    shutil.copytree(built("vilt"), base)
+    config = hf.ViltConfig.from_pretrained(base, num_labels=2)
+    body = hf.ViltForMaskedLM(config)
+    body.save_pretrained(base)
+    objective = objective_of("vilt", base)
+    assert objective.plan.detail.answers == ("cat",)
+    model: Any = objective.build(torch.device("cpu"))
+    assert objective.new_weights() == {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
+    kept = dict(body.vilt.named_parameters())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.vilt.named_parameters() if name in kept)
+    assert model.config.id2label == {0: "cat"}
+
+
 # ------------------------------------------------------------------------------------------ runs
 
 
@@ -392,14 +412,19 @@ def test_answers_of_annotators(tmp_path: Path) -> None:
 
 def test_new_answers_of_a_vilt(tmp_path: Path, built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     train = manifest(tmp_path / "train.jsonl", "questions.jsonl", slice(0, 12))
-    common = ("--objective", "vqa", "-m", built("vilt"), "--learning-rate", "1e-2", "--max-steps", 3)
+    common = ("--objective", "vqa", "-m", built("vilt"), "--learning-rate", "1e-2", "--max-steps", 3,
+              "--eval-steps", 1, "--metric", "neg_loss")  # fmt: skip
     lines = finetune(tmp_path / "new", train, train, *common, "--new-answers")
     truth = [json.loads(line)["answer"] for line in train.read_text().splitlines()]
     config = json.loads((tmp_path / "new" / "best" / "config.json").read_text())
     assert list(config["id2label"].values()) == sorted(set(truth))
     found = written(tmp_path / "new", train, "ask", "answer", "--question-column", "question")
     right = np.mean([answer == true for answer, true in zip(found, truth, strict=True)])
-    assert right == pytest.approx(best_of(tmp_path / "new", lines)["val_exact_match"])
+    best = best_of(tmp_path / "new", lines)
+    assert right == pytest.approx(best["val_exact_match"])
+    assert (
+        best["val_neg_loss"] == -best["val_loss"] == -min(line["val_loss"] for line in lines if "val_loss" in line)
+    )
     capsys.readouterr()
     finetune(tmp_path / "old", train, train, *common)
     unknown = len(set(truth) - set(tiny_vqa.ANSWERS))
@@ -416,13 +441,22 @@ def test_speech_keeps_its_language(tmp_path: Path, built: Built) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = ("--objective", "caption", "-m", built("whisper"), "--language", "de", "--audio-column", "audio")
     log = finetune(tmp_path / "run", file, file, *common, "--epochs", 8, "--learning-rate", "5e-3",
-                   "--metric", "neg_loss")  # fmt: skip
+                   "--metric", "neg_wer")  # fmt: skip
     best = best_of(tmp_path / "run", log)
-    assert best["val_neg_loss"] == -best["val_loss"] == max(-line["val_loss"] for line in log if "val_loss" in line)
+    assert best["val_neg_wer"] == -best["val_wer"] == max(-line["val_wer"] for line in log if "val_wer" in line)
     found = written(tmp_path / "run", file, "caption", "caption", "--audio-column", "audio")
-    wanted = measure_texts(found, [(line["caption"],) for line in lines])
-    assert best["val_exact_match"] == pytest.approx(wanted["exact_match"])
+    wanted = measure_speech(found, [(line["caption"],) for line in lines])
+    assert {name: best[f"val_{name}"] for name in wanted} == pytest.approx(wanted)
     assert set(written(tmp_path / "run", file, "caption", "language", "--audio-column", "audio")) == {"de"}
+
+
+def test_speech_is_measured_as_eval_does() -> None:
+    texts, truth = ["The sea, is blue!", "", "wide"], [("the sea is blue",), ("today",), ("wide and blue",)]
+    scores, _ = evaluate(texts, [one[0] for one in truth], "basic", Resampling(0, 0))
+    told = {score.name: score.value for score in scores}
+    found = measure_speech(texts, truth)
+    assert found == pytest.approx({name: told[name] for name in found})
+    assert found == pytest.approx({"exact_match": 1 / 3, "wer": 3 / 8})
 
 
 def test_random_weights_of_a_known_architecture(tmp_path: Path, built: Built) -> None:
@@ -472,6 +506,8 @@ def test_mistakes(tmp_path: Path, built: Built, capsys: pytest.CaptureFixture[st
     assert "'a [SEP] b' holds '[SEP]', one of the model's own tokens" in said(*caption, rows=control)
     assert "--new-answers" in said(*caption, "--new-answers")
     assert "the same for every row" in said(*caption, "--prompt", "a {label}")
+    assert "--balance is of --objective classify" in said(*caption, "--balance")
+    assert "--metric neg_wer is of speech" in said(*caption, "--metric", "neg_wer")
     assert "there are no weights to train" in said("--objective", "caption", "-m", "fake:8")
     assert "--metric 'vqa_accuracy' is not one of" in said(*caption, "--metric", "vqa_accuracy")
     assert "a list of 4 answers or more" in said(*vqa, "--metric", "vqa_accuracy")
