@@ -410,6 +410,22 @@ def test_answers_of_annotators(tmp_path: Path) -> None:
     assert json.loads((run / "run.json").read_text())["metric"] == "vqa_accuracy"
 
 
+@pytest.mark.parametrize("name", ["llava", "git_vqa", "blip_2_t5"])
+def test_answers_are_learned_and_measured_as_users_get_them(tmp_path: Path, built: Built, name: str) -> None:
+    """Of models with random weights: two answers, one for each question."""
+    asked = {"question": lambda line: QUESTIONS["s" in line["label"]],
+             "answer": lambda line: ("a dog", "red")["s" in line["label"]]}  # fmt: skip
+    rows = manifest(tmp_path / "rows.jsonl", "images.jsonl", slice(0, 8), **asked)
+    lines = finetune(tmp_path / "run", rows, rows, "--objective", "vqa", "-m", built(name), "--max-new-tokens", 10,
+                     "--learning-rate", "1e-2", "--max-steps", 30, "--epochs", 30, "--eval-steps", 10)  # fmt: skip
+    found = written(tmp_path / "run", rows, "ask", "answer", "--question-column", "question",
+                    "--max-new-tokens", 10)  # fmt: skip
+    truth = [json.loads(line)["answer"] for line in rows.read_text().splitlines()]
+    right = np.mean([answer == true for answer, true in zip(found, truth, strict=True)])
+    assert len(set(truth)) == 2
+    assert 0.75 <= right == pytest.approx(best_of(tmp_path / "run", lines)["val_exact_match"])
+
+
 def test_new_answers_of_a_vilt(tmp_path: Path, built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     train = manifest(tmp_path / "train.jsonl", "questions.jsonl", slice(0, 12))
     common = ("--objective", "vqa", "-m", built("vilt"), "--learning-rate", "1e-2", "--max-steps", 3,
