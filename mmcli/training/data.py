@@ -85,7 +85,10 @@ class Rows(Dataset[Any]):
         """In the worker that needs it."""
         from mmcli.media.worker import BlockDecoder
 
+        # Processors set it to 1, as is right in a worker: without workers the model needs all of them.
+        threads = torch.get_num_threads()
         processor: Any = self._plan.open_processor()
+        torch.set_num_threads(threads)
         if self._augment is not None or self._dropout:
             self._processor = _Augmented(processor, self._augment or _as_it_is, self._dropout)
         self._decoder = BlockDecoder(self._processor or processor, self._plan.decode)

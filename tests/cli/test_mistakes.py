@@ -168,7 +168,11 @@ def test_all_problems_in_one_go(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said", "hint"),
     [
-        ([], "no command given; it is one of ask, caption, classify, embed, eval, inspect", "mmcli --help"),
+        (
+            [],
+            "no command given; it is one of ask, caption, classify, embed, eval, finetune, inspect",
+            "mmcli --help",
+        ),
         (["emebd"], "no such command 'emebd'; did you mean embed?", "mmcli --help"),
         (
             ["embed", "--batchsize", "3"],

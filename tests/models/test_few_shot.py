@@ -20,6 +20,8 @@ from mmcli.models.head import Cache, Head, read_head, write_head
 from mmcli.models.options import Ranking
 from mmcli.models.scores import classified, rank
 
+BASE = {"model": "m", "identity": {"weights": "w"}}
+
 
 def support(counts: tuple[int, ...], size: int = 6, normalize: bool = False, seed: int = 0) -> Support:
     """Classes around centres of their own."""
@@ -115,7 +117,7 @@ def test_how_many_examples_decide_the_method() -> None:
 def test_a_saved_head_is_the_same_head(tmp_path: Path, cached: bool) -> None:
     cache = Cache(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), 2.0, 3.0) if cached else None
     head = Head(("é", "b"), torch.randn(2, 3), torch.randn(2), not cached, "sigmoid", cache, {"name": "x"})
-    write_head(head, {"model": "m"}, tmp_path)
+    write_head(head, BASE, tmp_path)
     found, base = read_head(tmp_path)
     vectors = torch.randn(5, 3)
     torch.testing.assert_close(found.logits(vectors), head.logits(vectors), rtol=0, atol=0)
@@ -123,13 +125,13 @@ def test_a_saved_head_is_the_same_head(tmp_path: Path, cached: bool) -> None:
         head.labels,
         "sigmoid",
         {"name": "x"},
-        {"model": "m"},
+        BASE,
     )
 
 
 @pytest.mark.parametrize("damage", ["labels", "weights", "json", "format", "activation"])
 def test_a_damaged_head_is_a_clear_error(tmp_path: Path, damage: str) -> None:
-    write_head(Head(("a", "b"), torch.randn(2, 3), torch.randn(2)), {"model": "m"}, tmp_path)
+    write_head(Head(("a", "b"), torch.randn(2, 3), torch.randn(2)), BASE, tmp_path)
     file = tmp_path / "head.json"
     told = json.loads(file.read_text())
     match damage:
