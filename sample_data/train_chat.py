@@ -5,6 +5,10 @@
 As LLaVA was made: the picture tower of a trained CLIP (here `models/clip`, which saw training scenes only), a
 language model, and a projector between them. The language model here starts from nothing. First the tower
 rests, and its features are computed once, which makes a step twice as cheap; then everything is trained together.
+
+Whether a shape is there hangs on picture and word together, and neither alone says anything: after 1,700 steps of
+an earlier recipe the model was at chance (46 %), and 100 % right about all else. What helps: more such questions,
+and heads for training only, which read both the picture and the shape last named off the words between the layers.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import torch
 import training
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn import functional
 from transformers import (
     CLIPImageProcessor,
     CLIPModel,
@@ -65,16 +71,17 @@ Message = dict[str, Any]
 
 
 def turns_about(scene: world.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Draw questions about a scene with their answers; one in five asks for a caption."""
-    # Whether a shape is there hangs on picture and word together, and neither alone says anything. Asked unevenly,
-    # each says a little; it is not enough: what is left is chance (46 %) where all else is 100 % right.
-    unevenly = rng.choices(world.SHAPES, (12, 5, 3, 2, 1, 1))[0] if rng.random() < 0.5 else scene.shape
-    doubt = (f"is there a {unevenly}?", "yes" if unevenly == scene.shape else "no")
+    """Draw questions about a scene with their answers, many about what is there, some for a caption."""
     turns = []
-    for question, answer in rng.sample([*world.questions(scene), doubt, doubt], count):
+    for question, answer in rng.sample(world.questions(scene), count):
         question = training.worded(scene, question, rng)
-        if rng.random() < 0.2:
+        kind = rng.random()
+        if kind < 0.15:
             question, answer = rng.choice(DESCRIBE), world.caption(scene)
+        elif kind < 0.6:
+            # Asked unevenly, picture and word each say a little by themselves.
+            shape = rng.choices(world.SHAPES, (12, 5, 3, 2, 1, 1))[0] if rng.random() < 0.5 else scene.shape
+            question, answer = f"is there a {shape}?", "yes" if shape == scene.shape else "no"
         if rng.random() < 0.4:
             question = question.capitalize()
         turns.append((question, answer))
@@ -196,6 +203,7 @@ class Batches:
         self.processor, self.size = processor, size
         self.scenes = training.draw_scenes(scenes, "train", f"chat {seed}")
         self.pixels = training.render_set(self.scenes, processor.image_processor)
+        self.facts = torch.tensor([training.attributes_of(scene) for scene in self.scenes])
         self.features: torch.Tensor | None = None
 
     def pictures(self, chosen: Sequence[int]) -> torch.Tensor:
@@ -217,6 +225,25 @@ class Batches:
         tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return {**tokens, "labels": answers_only(tokens["input_ids"], tokenizer)}, chosen
 
+    def facts_behind(self, inputs: dict[str, torch.Tensor], chosen: list[int]) -> torch.Tensor:
+        """Give the attributes of the picture that each token comes behind, int64 [N, T, A]; UNSAID without one."""
+        pictured = inputs["input_ids"] == self.processor.tokenizer.image_token_id
+        seen = pictured.cumsum(dim=1) // PICTURE_TOKENS
+        text = (seen > 0) & ~pictured & (inputs["attention_mask"] == 1)
+        before = torch.arange(len(seen))[:, None] * (len(chosen) // len(seen))
+        facts = self.facts[chosen][(before + seen - 1).clamp_min(0)]
+        return facts.masked_fill(~text[..., None], training.UNSAID)
+
+    def shapes_behind(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Give the shape last named at each token, as an index, int64 [N, T]; UNSAID before there is one."""
+        ids = inputs["input_ids"]
+        words = torch.tensor([self.processor.tokenizer(f" {shape}")["input_ids"][0] for shape in world.SHAPES])
+        named = ids[..., None] == words
+        last = (named.any(dim=2) * torch.arange(ids.shape[1])).cummax(dim=1).values
+        shapes = named.int().argmax(dim=2).gather(1, last)
+        known = (last > 0) & (inputs["attention_mask"] == 1)
+        return shapes.masked_fill(~known, training.UNSAID)
+
 
 @torch.no_grad()
 def remember_features(model: LlavaForConditionalGeneration, batches: Batches) -> None:
@@ -232,21 +259,32 @@ def remember_features(model: LlavaForConditionalGeneration, batches: Batches) ->
 def train(model: LlavaForConditionalGeneration, batches: Batches, steps: int, joint: int) -> None:
     """Train in place: `steps` with the tower at rest, then `joint` steps of everything."""
     project = model.model.multi_modal_projector
+    heads, asked = training.AttributeHeads(WIDTH), nn.Linear(WIDTH, len(world.SHAPES))
     remember_features(model, batches)
 
-    def resting(_: float) -> torch.Tensor:
+    def loss_of(inputs: dict[str, torch.Tensor], chosen: list[int], done: float, **pictures: Any) -> torch.Tensor:
+        out = model(**inputs, **pictures, output_hidden_states=True)
+        facts = batches.facts_behind(inputs, chosen).flatten(0, 1)
+        # Halfway: what the words know of the picture, the second half of the layers can use.
+        known = out.hidden_states[LAYERS // 2].flatten(0, 1)
+        named = functional.cross_entropy(
+            asked(known), batches.shapes_behind(inputs).flatten(), ignore_index=training.UNSAID
+        )
+        return out.loss + training.help_weight(done) * (heads(known, facts) + named)
+
+    def resting(done: float) -> torch.Tensor:
         inputs, chosen = batches.draw()
         features = batches.features[chosen].float()
         seen = BaseModelOutputWithPooling(pooler_output=list(project(features)))
-        return model(**inputs, mm_encoder_outputs={"image": seen}).loss
+        return loss_of(inputs, chosen, done, mm_encoder_outputs={"image": seen})
 
     def together(_: float) -> torch.Tensor:
         inputs, chosen = batches.draw()
-        return model(**inputs, pixel_values=batches.pictures(chosen)).loss
+        return loss_of(inputs, chosen, 1.0, pixel_values=batches.pictures(chosen))
 
-    training.fit([project, model.model.language_model], resting, steps)
+    training.fit([project, model.model.language_model, heads, asked], resting, steps)
     if joint:
-        training.fit([model.model], together, joint, 4e-4)
+        training.fit([model.model, heads, asked], together, joint, 4e-4)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -312,7 +350,7 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Train, save and evaluate one model."""
-    args = training.arguments(__doc__, "chat", steps=1500, joint=200, batch=64, scenes=16_000)
+    args = training.arguments(__doc__, "chat", steps=900, joint=100, batch=64, scenes=16_000)
     training.settle(args.seed, args.threads)
     processor = make_processor(CLIP)
     model = make_model(processor.tokenizer, CLIP)
@@ -333,7 +371,7 @@ def main() -> None:
         },
         title="A tiny LLaVA that chats about coloured shapes",
         pipeline="image-text-to-text",
-        limits='Asked "is there a ...?" it guesses; on photos, and to other questions, its answers mean nothing.',
+        limits="On photos, and to questions worded in another way, its answers mean nothing.",
     )
 
 
