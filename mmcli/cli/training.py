@@ -368,6 +368,8 @@ def _finish(command: Command, trainer: Trainer, progress: Any) -> None:
         "steps": progress.step,
     }
     write_json(command.run / RUN_FILE, told)
+    with output_errors(command.run):
+        remove(command.run / "checkpoint")
 
 
 def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list[Row], list[Row]]:

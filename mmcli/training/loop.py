@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcli.core.durable import output_errors, remove, swap_folder
+from mmcli.core.durable import output_errors, swap_folder
 from mmcli.core.errors import ExitCode, ModelError, Stopped, TryAgain
 from mmcli.training.checkpoints import Parts, Progress, load_checkpoint, save_checkpoint
 from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
@@ -81,7 +81,10 @@ class Trainer:
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOG_STEPS))
 
     def train(self) -> Progress:
-        """Train to the end; returns how far it came. Raises Stopped, TryAgain, ModelError, UnreadableRow."""
+        """Train to the end; returns how far it came. Raises Stopped, TryAgain, ModelError, UnreadableRow.
+
+        The last checkpoint stays: whoever asks has more to do with the model before the run is complete.
+        """
         torch.manual_seed(self.options.seed)
         self._parts = self._make_parts()
         self.progress = load_checkpoint(self.run / CHECKPOINT, self._parts) or Progress()
@@ -134,7 +137,6 @@ class Trainer:
         if self.progress.evaluated != self.progress.step:
             self._evaluate()
         self._save(LAST)
-        remove(self.run / CHECKPOINT)
 
     def _epoch(self) -> None:
         """The steps of an epoch that are left."""

@@ -172,3 +172,21 @@ def test_mistakes_of_rows(cli: Cli, data: tuple[Path, Path, Path], tmp_path: Pat
     assert (
         "a vit" in cli("finetune", train, "--val", val, "-m", base, "-o", tmp_path / "x", "--modality", "audio").err
     )
+
+
+def test_a_run_killed_when_all_steps_are_done_is_not_begun_anew(
+    cli: Cli, data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last step and the end stands what may take long: diagnostics, pictures."""
+    from mmcli.cli import training
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_diagnose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*command(data, run)).code == 130
+    before = (run / "metrics.jsonl").read_text()
+    done = cli(*command(data, run))
+    assert done.code == 0, done.err
+    assert f"going on with the run in {run}" in done.err
+    assert (run / "metrics.jsonl").read_text() == before
+    assert not (run / "checkpoint").exists()
