@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # What a forward pass takes when --batch-size is auto. On two CPU cores 8 to 64 are equally fast; a GPU wants more.
 AUTO_BATCH_CPU, AUTO_BATCH_GPU = 32, 256
-# Captioners read all their weights for each token of a batch: 16, 32, 64 and 160 pictures at once give 7.2, 11, 14 and
-# 15 rows/s on two cores (BLIP of 6 layers of 384). Not chat models: tiles of pictures and long caches take memory.
+# Captioners read all their weights for each token of a batch: 16, 32, 64 and 160 pictures at once give 7.2, 11, 14
+# and 15 rows/s on two cores (BLIP of 6 layers of 384). Not chat models: tiles and long caches take memory.
 AUTO_BATCH_CPU_CAPTIONS = 64
 MAX_AUTO_WORKERS = 32
 
