@@ -19,7 +19,7 @@ from mmcli.models.classifier_runner import head_tower
 from mmcli.models.options import ModelOptions, Ranking
 from mmcli.models.plan import ClassificationPlan
 from mmcli.models.runner import Batch, Collator
-from mmcli.training.data import Item
+from mmcli.training.data import Item, in_pieces
 from mmcli.training.objective import Backward
 
 
@@ -205,8 +205,7 @@ class Classify:
 
     def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
         """Rows in `pieces` pieces of about equal size, each in as many batches as its shapes need."""
-        size = -(-len(items) // pieces)
-        return [self._piece(items[start : start + size]) for start in range(0, len(items), size)]
+        return [self._piece(part) for part in in_pieces(items, pieces)]
 
     def _piece(self, items: Sequence[Item]) -> Piece:
         if self._host is None:

@@ -26,7 +26,7 @@ from mmcli.training.contrastive_loss import (
     siglip_loss,
     unfreeze_logit_parameters,
 )
-from mmcli.training.data import Item
+from mmcli.training.data import Item, in_pieces
 from mmcli.training.objective import Backward
 
 # (vectors of both sides, unit or not, [n, D] each; group of each row) -> metrics by name
@@ -112,8 +112,7 @@ class Contrastive:
 
     def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
         """Rows in pieces of about equal size."""
-        size = -(-len(items) // pieces)
-        return [self._piece(items[start : start + size]) for start in range(0, len(items), size)]
+        return [self._piece(part) for part in in_pieces(items, pieces)]
 
     def _piece(self, items: Sequence[Item]) -> Piece:
         sides = [self._side([item.samples[index] for item in items], index) for index in range(2)]

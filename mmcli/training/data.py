@@ -181,6 +181,12 @@ class Batches(Sampler[list[Key]]):
             yield [(self.epoch, int(row)) for row in rows[self._rank :: self._world]]
 
 
+def in_pieces(items: Sequence[Item], pieces: int) -> list[Sequence[Item]]:
+    """The rows of a batch in at most so many pieces of about equal size."""
+    size = -(-len(items) // pieces)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 class InOrder(Sampler[list[Key]]):
     """All rows, in order, for evaluation."""
 

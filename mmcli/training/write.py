@@ -17,7 +17,7 @@ from mmcli.core.records import Sample
 from mmcli.models.plan import GenerationPlan
 from mmcli.models.runner import Batch
 from mmcli.training.classify import copy_processor
-from mmcli.training.data import Item
+from mmcli.training.data import Item, in_pieces
 from mmcli.training.objective import Backward
 
 # (what the model writes, what each row's annotators wrote) -> metrics by name
@@ -127,8 +127,7 @@ class Write:
 
     def collate(self, items: Sequence[Item], pieces: int) -> list[Piece]:
         """Rows in `pieces` pieces of about equal size, each in as many batches as its shapes need."""
-        size = -(-len(items) // pieces)
-        return [self._piece(items[start : start + size]) for start in range(0, len(items), size)]
+        return [self._piece(part) for part in in_pieces(items, pieces)]
 
     def _piece(self, items: Sequence[Item]) -> Piece:
         groups: dict[Any, list[Item]] = {}

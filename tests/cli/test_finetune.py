@@ -174,6 +174,18 @@ def test_mistakes_of_rows(cli: Cli, data: tuple[Path, Path, Path], tmp_path: Pat
     )
 
 
+def test_another_column_to_learn_is_another_run(cli: Cli, sample_data: Path, tmp_path: Path) -> None:
+    rows = sample_data / "images.jsonl"
+    common = ("finetune", rows, "--val", rows, "--image-column", "image", "--objective", "caption", "-m",
+              sample_data / "models" / "captioner", "-o", tmp_path / "run", "--max-steps", 1, "--batch-size", 4,
+              "--no-preflight", "--metric", "neg_loss")  # fmt: skip
+    assert cli(*common, "--target-column", "caption").code == 0
+    done = cli(*common, "--target-column", "label")
+    assert done.code == 6, done.err
+    assert "is of another run" in done.err
+    assert "was ['caption'], is ['label']" in done.err
+
+
 def test_a_run_killed_when_all_steps_are_done_is_not_begun_anew(
     cli: Cli, data: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
