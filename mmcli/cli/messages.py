@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,9 @@ class Messages:
     def progress(self, report: Report) -> Progress:
         return Progress(report, self, enabled=not self._quiet)
 
+    def training_progress(self) -> TrainingProgress:
+        return TrainingProgress(self, enabled=not self._quiet)
+
 
 class Progress:
     """A thread that shows how far a Report is, while the `with` block runs."""
@@ -95,6 +99,65 @@ class Progress:
                 done = self._report.done + self._report.resumed
                 text = progress_line(self._report) if done else "loading the model"
                 bar.update(task, completed=done, description=text)
+
+
+class TrainingProgress:
+    """How far a training run is, while the `with` block runs: a bar on a terminal; else a line now and then.
+
+    Each evaluation has a line of its own, that stays.
+    """
+
+    def __init__(self, messages: Messages, *, enabled: bool) -> None:
+        self._messages = messages
+        self._bar: Any = None
+        self._task: Any = None
+        self._shown = enabled and sys.stderr is not None and sys.stderr.isatty()
+        self._first: tuple[int, float] | None = None
+        self._last, self._loss = time.monotonic(), ""
+
+    def __enter__(self) -> TrainingProgress:
+        if self._shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("loading the model", total=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def told(self, line: dict[str, Any]) -> None:
+        """A line of the log."""
+        text = ", ".join(
+            f"{name.replace('_', ' ').replace('rows per s', 'rows/s')} {value:.4g}"
+            for name, value in line.items()
+            if name not in ("step", "epoch", "grad_norm")
+        )
+        if "loss" in line:
+            self._loss = text
+            if self._bar is not None or time.monotonic() - self._last < PLAIN_S:
+                return
+            self._last = time.monotonic()
+        self._messages.note(f"step {line['step']}, epoch {line['epoch']:.2f}: {text}")
+
+    def stepped(self, step: int, steps: int) -> None:
+        """After each step."""
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        before, began = self._first
+        parts = [f"step {step:,} of {steps:,}", self._loss.replace(", ", " · ")]
+        if step > before:
+            parts.append(f"ETA {_duration((steps - step) * (now - began) / (step - before))}")
+        self._bar.update(self._task, completed=step, total=steps, description=" · ".join(filter(None, parts)))
 
 
 def progress_line(report: Report) -> str:

@@ -298,20 +298,20 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
     data = Data(Rows(train, plan, options.seed, augment, options.modality_dropout), Rows(val, plan, options.seed))
     stop: list[ExitCode] = []
     limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
-    lines = _Lines(messages, command.objective.metric)
-    events = Events(lines, lambda: stop[0] if stop else None, messages.note)
+    progress = messages.training_progress()
+    events = Events(progress.told, lambda: stop[0] if stop else None, messages.note, progress.stepped)
     device = torch.device(choose_device(given.model.device)[0])
     trainer = Trainer(command.run, command.objective, data, options, limits, events, device)
-    with signals.asking(stop.append):
-        progress = trainer.train()
+    with signals.asking(stop.append), progress:
+        reached = trainer.train()
     with signals.heard():
         _diagnose(command, trainer, messages)
-    _finish(command, trainer, progress)
+    _finish(command, trainer, reached)
     if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
         messages.note("no curves.png: pip install 'mmcli[finetune]'")
     messages.note(
-        f"{command.run}/best: {command.objective.metric} {progress.best:.4f} at step {progress.best_step} of "
-        f"{progress.step}"
+        f"{command.run}/best: {command.objective.metric} {reached.best:.4f} at step {reached.best_step} of "
+        f"{reached.step}"
     )
 
 
@@ -415,25 +415,3 @@ def digest_of(labels: Sequence[str]) -> str:
 def _toml(value: Any) -> str:
     # Strings, lists of them and booleans are written alike in JSON and TOML.
     return json.dumps(value if isinstance(value, bool | str | list) else str(value), ensure_ascii=False)
-
-
-class _Lines:
-    """What is said while a model learns: each evaluation, and a line now and then."""
-
-    def __init__(self, messages: Messages, metric: str) -> None:
-        import time
-
-        self._messages, self._metric, self._clock = messages, metric, time.monotonic
-        self._last, self._step = time.monotonic(), 0
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        if "loss" in line:
-            if self._clock() - self._last < 10:
-                return
-            self._last = self._clock()
-        numbers = [
-            f"{name.replace('_', ' ')} {value:.4g}"
-            for name, value in line.items()
-            if name not in ("step", "epoch", "grad_norm")
-        ]
-        self._messages.note(f"step {line['step']}, epoch {line['epoch']:.2f}: {', '.join(numbers)}")

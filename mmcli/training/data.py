@@ -174,6 +174,10 @@ class Batches(Sampler[list[Key]]):
         found: list[int] = self.order()[step * self._size : (step + 1) * self._size].tolist()
         return found
 
+    def rows_of(self, step: int) -> int:
+        """How many rows a step has, those of all processes."""
+        return min(self._size, self._rows - step * self._size)
+
     def __iter__(self) -> Iterator[list[Key]]:
         order = self.order()
         for step in range(self.start, len(self)):

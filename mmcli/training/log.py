@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for every logged step and every evaluation; and the curves that it draws."""
+"""metrics.jsonl: a line for every logged step and every evaluation; the curves that it draws; and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 from mmcli.core.durable import output_errors, write_durably
 
-FILE = "metrics.jsonl"
+FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """Appended to; begins with what is there up to a step, so that what is done again is not there twice."""
+    """Appended to; begins with what is there up to a step, so that what is done again is not there twice.
+
+    Where TensorBoard is installed its event files are written beside it: the same numbers under the same names.
+    """
 
     def __init__(self, run: Path, upto: int) -> None:
         self._path = run / FILE
@@ -22,15 +25,31 @@ class MetricsLog:
         with output_errors(self._path):
             write_durably(self._path, lambda target: target.write_text(text, encoding="utf-8"))
             self._file = self._path.open("a", encoding="utf-8")
+            self._board = _tensorboard(run / TENSORBOARD, upto)
 
     def write(self, **values: Any) -> None:
         """One line. Raises OutputError."""
         with output_errors(self._path):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    if name not in ("step", "epoch"):
+                        self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, upto: int) -> Any:
+    """Writes event files, beside which nothing counts that earlier ones say of later steps; None: not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=upto + 1, flush_secs=30)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

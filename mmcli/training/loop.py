@@ -33,14 +33,16 @@ LOG_STEPS = 10
 class Events:
     """How a run is watched and stopped.
 
-    told    called with each line of the log
-    stop    why to stop now; None: go on
-    note    called with what is worth knowing before and at the beginning
+    told     called with each line of the log
+    stop     why to stop now; None: go on
+    note     called with what is worth knowing before and at the beginning
+    stepped  called after each step with how many there are so far, and in all
     """
 
     told: Callable[[dict[str, Any]], None]
     stop: Callable[[], ExitCode | None]
     note: Callable[[str], None] = lambda text: None
+    stepped: Callable[[int, int], None] = lambda step, steps: None
 
 
 @dataclass(slots=True)
@@ -65,6 +67,24 @@ class RunLimits:
     time_limit_s: float | None = None
 
 
+@dataclass(slots=True)
+class Pace:
+    """Rows a second between two lines of the log, without evaluations and checkpoints."""
+
+    rows: int = 0
+    began: float = 0.0
+
+    def restart(self) -> None:
+        """Count from now."""
+        self.rows, self.began = 0, time.monotonic()
+
+    def lap(self) -> float:
+        """The pace since the last lap or restart."""
+        pace = self.rows / max(time.monotonic() - self.began, 1e-9)
+        self.restart()
+        return pace
+
+
 @dataclass
 class Trainer:
     """One run, in its folder."""
@@ -79,6 +99,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     _lora: Lora | None = None
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOG_STEPS))
+    _pace: Pace = field(default_factory=Pace)
 
     def train(self) -> Progress:
         """Train to the end; returns how far it came. Raises Stopped, TryAgain, ModelError, UnreadableRow.
@@ -141,8 +162,10 @@ class Trainer:
     def _epoch(self) -> None:
         """The steps of an epoch that are left."""
         collate = _Pieces(self.objective, self.options.accumulation)
+        self._pace.restart()
         for pieces in load(self.data.train, self._batches, collate, self.limits.num_workers):
             self._step(pieces)
+            self.events.stepped(self.progress.step, self.steps)
             every = self.options.eval_steps
             if every is not None and self.progress.step % every == 0:
                 self._evaluate()
@@ -166,6 +189,7 @@ class Trainer:
             raise self._not_finite(loss)
         norm = self._update()
         self.objective.after_step(parts.model)
+        self._pace.rows += self._batches.rows_of(progress.epoch_step)
         progress.step, progress.epoch_step = progress.step + 1, progress.epoch_step + 1
         if parts.average is not None:
             parts.average.update(parts.model, progress.step)
@@ -175,7 +199,8 @@ class Trainer:
             if seconds > 60:
                 self.events.note(f"about {seconds / 60:.0f} minutes to go, without evaluations")
         if progress.step <= LOG_STEPS or progress.step % LOG_STEPS == 0:
-            self._tell(loss=sum(self._losses) / len(self._losses), lr=options.learning_rate * share, grad_norm=norm)
+            mean, highest = sum(self._losses) / len(self._losses), options.learning_rate
+            self._tell(loss=mean, lr=highest * share, grad_norm=norm, rows_per_s=round(self._pace.lap(), 2))
 
     def _update(self) -> float:
         """The optimizer's step; returns the gradients' norm before it was cut."""
@@ -268,6 +293,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         save_checkpoint(self.run / CHECKPOINT, self._parts, self.progress)
         self._saved = time.monotonic()
+        self._pace.restart()
 
     def _look_up(self) -> None:
         """Between two steps: is it time for a checkpoint, or to stop?"""

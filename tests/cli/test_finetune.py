@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -202,3 +206,57 @@ def test_a_run_killed_when_all_steps_are_done_is_not_begun_anew(
     assert f"going on with the run in {run}" in done.err
     assert (run / "metrics.jsonl").read_text() == before
     assert not (run / "checkpoint").exists()
+
+
+def test_tensorboard_shows_what_metrics_jsonl_says(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "lr", "rows_per_s", "val_accuracy"):
+        wanted = [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines if name in line]
+        assert wanted
+        assert scalars(finished, name) == wanted
+
+
+def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
+    """As metrics.jsonl does, when a run goes on from a checkpoint before them."""
+    from mmcli.training.log import MetricsLog
+
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 7):
+        log.write(step=step, epoch=0, loss=float(step))
+    log.close()
+    log = MetricsLog(tmp_path, 3)
+    log.write(step=4, epoch=0, loss=0.5)
+    log.close()
+    assert scalars(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 0.5)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def scalars(run: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars(name)]
+
+
+def test_a_terminal_shows_how_far_it_is(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A bar with loss, rate and the time to go; evaluations stay above it."""
+    screen, terminal = os.openpty()
+    arguments = map(str, command(data, tmp_path / "run", "--num-workers", 0))
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen([sys.executable, "-m", "mmcli", *arguments], stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        seen = b""
+        while block := _read(screen):
+            seen += block
+    os.close(screen)
+    assert process.returncode == 0, seen.decode()
+    shown = seen.decode()
+    assert re.search(r"step 1[0-5] of 15 · loss [\d.]+ · lr [\d.e-]+ · rows/s [\d.]+ · ETA \d", shown)
+    assert "val accuracy" in shown
+
+
+def _read(screen: int) -> bytes:
+    try:
+        return os.read(screen, 65536)
+    except OSError:  # Nobody writes any more.
+        return b""
