@@ -624,7 +624,8 @@ class TrainingArguments:
             TRAINING,
             "--missing-policy",
             "WHAT",
-            "Rows that cannot be read: error ends the run, drop leaves them out.",
+            "What cannot be read: error ends the run, drop leaves such rows out; mask (with --encoder) takes their "
+            "other media.",
         ),
     ] = "error"
     preflight: Annotated[

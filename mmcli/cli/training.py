@@ -28,7 +28,7 @@ from mmcli.cli.signals import Signals
 from mmcli.core.durable import make_folder, output_errors, read_json, remove, write_durably, write_json
 from mmcli.core.errors import ExitCode, StateMismatch
 from mmcli.core.job import Job, differences
-from mmcli.core.records import MODALITIES
+from mmcli.core.records import MODALITIES, Record
 
 if TYPE_CHECKING:
     from mmcli.models.options import ModelOptions
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mmcli.training.options import TrainOptions
 
 RUN_FILE, CONFIG_FILE, CURVES_FILE = "run.json", "config.toml", "curves.png"
+MISSING_POLICIES = ("error", "drop", "mask")
 
 
 @dataclass(slots=True)
@@ -172,7 +173,12 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
 
     asked, training, before = given.optimization, given.training, len(problems.lines)
     problems.collect(parse.choice, "--objective", training.objective, tuple(RECIPES))
-    problems.collect(parse.choice, "--missing-policy", training.missing_policy, ("error", "drop"))
+    problems.collect(parse.choice, "--missing-policy", training.missing_policy, MISSING_POLICIES)
+    if training.missing_policy == "mask" and not training.encoder:
+        problems.add(
+            "--missing-policy mask is for models that bear rows without one of their media: --encoder "
+            "MODALITY=MODEL; drop leaves such rows out"
+        )
     if training.modality is not None:
         problems.collect(parse.choice, "--modality", training.modality, MODALITIES)
     batch_size = problems.collect(parse.number, "--batch-size", asked.batch_size, 1)
@@ -286,7 +292,7 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
 
     from mmcli.models.device import choose_device
     from mmcli.training.augment import AUGMENTS
-    from mmcli.training.data import Rows
+    from mmcli.training.data import MaskedMedia, Rows
     from mmcli.training.log import draw_curves, read_metrics
     from mmcli.training.loop import Data, Events, RunLimits, Trainer
 
@@ -295,7 +301,11 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
         _write_config(given, command)
     options, plan = command.options, command.objective.plan
     augment = AUGMENTS[options.augment]
-    data = Data(Rows(train, plan, options.seed, augment, options.modality_dropout), Rows(val, plan, options.seed))
+    masked = MaskedMedia(messages.note) if given.training.missing_policy == "mask" else None
+    data = Data(
+        Rows(train, plan, options.seed, augment, options.modality_dropout, masked),
+        Rows(val, plan, options.seed, masked=masked),
+    )
     stop: list[ExitCode] = []
     limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
     progress = messages.training_progress()
@@ -306,6 +316,8 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
         reached = trainer.train()
     with signals.heard():
         _diagnose(command, trainer, messages)
+    if masked is not None:
+        masked.summary()
     _finish(command, trainer, reached)
     if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
         messages.note("no curves.png: pip install 'mmcli[finetune]'")
@@ -378,18 +390,17 @@ def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list
 
     recipe = RECIPES[command.objective.name]
 
-    def rows(listed: Listed) -> list[Row]:
-        pairs = zip(listed.records, recipe.targets(listed, command.objective), strict=True)
-        return [Row(record.id, record.media, target, record.variables) for record, target in pairs]
+    def rows(listed: Listed, used: dict[int, Record]) -> list[Row]:
+        targets = recipe.targets(listed, command.objective)
+        return [Row(record.id, record.media, targets[n], record.variables) for n, record in used.items()]
 
     preflight = Preflight(command.objective.plan, command.num_workers, command.timeout_s, messages)
     found = preflight.check(
         {"INPUT": command.train.records, "--val": command.val.records},
         read=given.training.preflight,
-        drop=given.training.missing_policy == "drop",
+        policy=given.training.missing_policy,
     )
-    train, val = rows(command.train), rows(command.val)
-    return [train[n] for n in found["INPUT"]], [val[n] for n in found["--val"]]
+    return rows(command.train, found["INPUT"]), rows(command.val, found["--val"])
 
 
 def _write_config(given: Given, command: Command) -> None:

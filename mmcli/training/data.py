@@ -7,8 +7,8 @@ to be kept for that, and any number of workers gives the same batches.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ from mmcli.core.records import Media, Modality, Payload, Sample
 Key = tuple[int, int]
 # (modality, payload, generator) -> payload
 Augment = Callable[[Modality, Payload, np.random.Generator], Payload]
+# Media that are told by name.
+_NAMED = 3
 
 
 @dataclass(slots=True)
@@ -37,11 +39,12 @@ class Row:
 
 @dataclass(slots=True)
 class Item:
-    """A row that was decoded and processed."""
+    """A row that was decoded and processed. `lost`: its media that could not be read, and count as missing."""
 
     row: int
     samples: tuple[Sample, ...]
     target: Any
+    lost: tuple[tuple[str, RowError], ...] = ()
 
 
 class UnreadableRow(MmcliError):
@@ -50,8 +53,46 @@ class UnreadableRow(MmcliError):
     exit_code = ModelError.exit_code
 
 
+@dataclass(slots=True)
+class MaskedMedia:
+    """What could not be read while a model learned, and counted as missing: the first are told, all are counted."""
+
+    note: Callable[[str], None]
+    _seen: set[tuple[str, str]] = field(default_factory=set)
+
+    def add(self, row: str, what: str, why: str) -> None:
+        """`what`: its modality, or "row" for all of it. Each one counts once, however often it is read."""
+        if (row, what) in self._seen:
+            return
+        self._seen.add((row, what))
+        if len(self._seen) <= _NAMED:
+            how = "cannot be read and is left out" if what == "row" else f"has no {what} that can be read"
+            self.note(f"{row} {how}: {why}")
+
+    def summary(self) -> None:
+        """Tell how many there were beyond those that were named."""
+        if len(self._seen) > _NAMED:
+            self.note(f"{len(self._seen)} media or rows could not be read in training and counted as missing")
+
+
+def each_alone(media: Sequence[Media]) -> Iterator[tuple[int, tuple[Media, ...]]]:
+    """Of each medium that a row has: its place, and the row's media without all others."""
+    for place, one in enumerate(media):
+        if not one.missing:
+            yield place, masked(media, [n for n in range(len(media)) if n != place])
+
+
+def masked(media: Sequence[Media], places: Collection[int]) -> tuple[Media, ...]:
+    """Without those at some places, which the row then lacks."""
+    return tuple(Media(one.modality) if n in places else one for n, one in enumerate(media))
+
+
 class Rows(Dataset[Any]):
-    """Items by (epoch, row). A row that cannot be read comes as its RowError: raised where it is used."""
+    """Items by (epoch, row). A row that cannot be read comes as its RowError: raised where it is used.
+
+    masked  media that cannot be read count as missing, and are told here in the main process; a row that then has
+            none is left out of its batch. None: nothing does
+    """
 
     def __init__(
         self,
@@ -60,26 +101,41 @@ class Rows(Dataset[Any]):
         seed: int,
         augment: Augment | None = None,
         modality_dropout: float = 0.0,
+        masked: MaskedMedia | None = None,
     ) -> None:
         self.rows, self._plan, self._seed, self._augment = rows, plan, seed, augment
-        self._dropout = modality_dropout
+        self._dropout, self.masked = modality_dropout, masked
         self._decoder: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: Key) -> Item | tuple[int, RowError]:
-        epoch, index = key
+        index = key[1]
         if self._decoder is None:
             self._open()
-        row = self.rows[index]
+        row, lost = self.rows[index], ()
+        found = self._read(key, row.media)
+        if isinstance(found, RowError) and self.masked is not None:
+            found, lost = self._without_unreadable(key, found)
+        return (index, found) if isinstance(found, RowError) else Item(index, found, row.target, lost)
+
+    def _read(self, key: Key, media: tuple[Media, ...]) -> tuple[Sample, ...] | RowError:
+        epoch, index = key
         if self._processor is not None:
             self._processor.generator = np.random.default_rng((self._seed, epoch, index))
-        outcomes = self._decoder.block(0, [(row.media, row.variables)]).outcomes[0]
-        for outcome in outcomes:
-            if isinstance(outcome, RowError):
-                return index, outcome
-        return Item(index, tuple(outcomes), row.target)
+        outcomes = self._decoder.block(0, [(media, self.rows[index].variables)]).outcomes[0]
+        return next((one for one in outcomes if isinstance(one, RowError)), tuple(outcomes))
+
+    def _without_unreadable(self, key: Key, error: RowError) -> tuple[tuple[Sample, ...] | RowError, Any]:
+        """A row that failed, of those of its media that can be read alone, and why the others cannot."""
+        media = self.rows[key[1]].media
+        tried = {place: self._read(key, alone) for place, alone in each_alone(media)}
+        lost = {place: found for place, found in tried.items() if isinstance(found, RowError)}
+        if not lost or len(lost) == len(tried):
+            return error, ()
+        named = tuple((str(media[place].modality), why) for place, why in lost.items())
+        return self._read(key, masked(media, lost)), named
 
     def _open(self) -> None:
         """In the worker that needs it."""
@@ -212,19 +268,35 @@ class Collate(Protocol):
 
 
 @dataclass(slots=True)
+class _Masked:
+    """A batch, and which media or rows it lacks: (id, what, why)."""
+
+    batch: Any
+    lost: list[tuple[str, str, str]]
+
+
+@dataclass(slots=True)
 class _Checked:
-    """Raises for a row that cannot be read, in the words of its error."""
+    """Raises for a row that cannot be read, in the words of its error; leaves it out where that is asked for."""
 
     rows: Rows
     collate: Collate
 
     def __call__(self, items: Sequence[Item | tuple[int, RowError]]) -> Any:
-        for item in items:
-            if isinstance(item, tuple):
-                row, error = item
-                # As a value: an exception of a worker arrives as the text of its traceback.
-                return UnreadableRow(f"{self.rows.rows[row].id}: {error.code}: {error.message}")
-        return self.collate(items)  # type: ignore[arg-type]
+        good = [item for item in items if isinstance(item, Item)]
+        bad = [(self.rows.rows[item[0]].id, item[1]) for item in items if isinstance(item, tuple)]
+        if bad and (self.rows.masked is None or not good):
+            row, error = bad[0]
+            # As a value: an exception of a worker arrives as the text of its traceback.
+            return UnreadableRow(f"{row}: {error.code}: {error.message}")
+        lost = [(row, "row", f"{error.code}: {error.message}") for row, error in bad]
+        lost += [
+            (self.rows.rows[item.row].id, what, f"{error.code}: {error.message}")
+            for item in good
+            for what, error in item.lost
+        ]
+        batch = self.collate(good)
+        return _Masked(batch, lost) if lost else batch
 
 
 def load(rows: Rows, batches: Sampler[list[Key]], collate: Collate, num_workers: int) -> Iterator[Any]:
@@ -243,6 +315,11 @@ def load(rows: Rows, batches: Sampler[list[Key]], collate: Collate, num_workers:
         for found in loader:
             if isinstance(found, UnreadableRow):
                 raise found
+            if isinstance(found, _Masked):
+                assert rows.masked is not None
+                for row, what, why in found.lost:
+                    rows.masked.add(row, what, why)
+                found = found.batch
             yield found
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

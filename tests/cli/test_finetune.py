@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_read(cli: Cli, data: tuple[Path, Path, Path], tmp_p
     assert "INPUT: red/bad.png (truncated" in done.err
     done = cli(*common, "--missing-policy", "drop")
     assert done.code == 0, done.err
-    assert "INPUT: left out, since it cannot be read: red/bad.png" in done.err
+    assert "INPUT: left out 1 row that cannot be read: red/bad.png" in done.err
 
 
 def test_rows_in_both_are_told(cli: Cli, data: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -152,6 +152,7 @@ def test_rows_in_both_are_told(cli: Cli, data: tuple[Path, Path, Path], tmp_path
         (["--dtype", "bfloat16"], "weights are float32 here: --precision bf16"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 is for GPUs"),
         (["--modality", "text"], "a vit learns image; the rows are text"),
+        (["--missing-policy", "mask"], "mask is for models that bear rows without one of their media"),
         (["--val", "sample_data/images.jsonl"], "give folders or manifests, not both"),
         (["--objective", "learn"], "--objective 'learn' is not one of"),
     ],

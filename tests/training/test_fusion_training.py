@@ -22,7 +22,7 @@ from mmcli.core.records import Media
 from mmcli.models.checkpoint import open_checkpoint
 from mmcli.models.options import ModelOptions
 from mmcli.training.classify import Classify
-from mmcli.training.data import Batches, Row, Rows, load
+from mmcli.training.data import Batches, MaskedMedia, Row, Rows, UnreadableRow, load
 from mmcli.training.fusion import FusionNetwork, Recombined
 from mmcli.training.options import TrainOptions
 
@@ -152,6 +152,73 @@ def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
     assert set(diagnosis["modalities"]) == {"image", "text"}
     scores = [{one["label"]: one["score"] for one in row["top_k"]}[row["truth"]] for row in found]
     assert -np.mean(np.log(scores)) == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+SHAPE = ["--hidden-size", "16", "--fusion-layers", "1", "--fusion-heads", "2"]
+COLUMNS = ["--image-column", "image", "--text-column", "text"]
+
+
+def manifest(path: Path, lines: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def cells(rows: list[Row]) -> list[dict[str, Any]]:
+    return [{"image": r.media[0].file, "text": r.media[1].text, "label": LABELS[r.target]} for r in rows]
+
+
+def test_what_cannot_be_read_counts_as_missing(
+    tmp_path: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--missing-policy mask gives the weights that empty cells give; rows with nothing else are left out."""
+    from mmcli.cli.boundary import run as mmcli
+
+    broken = cells(rows_of(tmp_path / "images", 14, missing=False))
+    for number in (1, 4, 11):
+        Path(broken[number]["image"]).write_bytes(b"\x89PNG\r\n\x1a\n bad")
+    broken[6]["image"], broken[4]["text"], broken[9]["text"] = str(tmp_path / "gone.png"), None, None
+    empty = [{**row, "image": None if n in (1, 4, 6, 11) else row["image"]} for n, row in enumerate(broken)]
+    encoders = ["--encoder", f"image={bases['image']}", "--encoder", f"text={bases['text']}", *SHAPE, *COLUMNS]
+    common = [*encoders, "--max-steps", "3", "--batch-size", "4", "--learning-rate", "1e-3", "--num-workers", "0"]
+    said = {}
+    for name, lines, policy in (("masked", broken, "mask"), ("empty", empty, "drop")):
+        train, val = (
+            manifest(tmp_path / f"{name}-{n}.jsonl", part) for n, part in enumerate((lines[:9], lines[9:]))
+        )
+        run = ["-o", str(tmp_path / name), "--missing-policy", policy]
+        assert mmcli(["finetune", train, "--val", val, *common, *run]) == 0
+        said[name] = capsys.readouterr().err
+    assert "INPUT: 2 media cannot be read and count as missing: image of" in said["masked"]
+    assert "--val: 1 media cannot be read and count as missing: image of" in said["masked"]
+    assert "left out 1 row that cannot be read" in said["masked"]
+    assert "INPUT: of 8 rows, 2 have no image" in said["masked"]
+    found, wanted = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("masked", "empty"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    no_image = [{**row, "image": str(tmp_path / "gone.png"), "text": "the dog"} for row in broken]
+    train = manifest(tmp_path / "none.jsonl", no_image)
+    run = ["-o", str(tmp_path / "none"), "--missing-policy", "mask"]
+    assert mmcli(["finetune", train, "--val", train, *common, *run]) == 2
+    assert "INPUT: no row has image; leave out --encoder image=..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_can_be_read_no_more_counts_as_missing(tmp_path: Path, bases: dict[str, Path], workers: int) -> None:
+    """It is told once, and a row of which nothing is left is left out; without the policy it ends the run."""
+    rows, told = rows_of(tmp_path / "images", 6, missing=False), list[str]()
+    rows[4] = replace(rows[4], media=(rows[4].media[0], Media("text")))
+    objective, order = Classify(network_of(bases)), [[(0, row) for row in range(6)], [(1, 2), (1, 4), (1, 5)]]
+    for number in (2, 4):
+        Path(str(rows[number].media[0].file)).unlink()
+    data = Rows(rows, objective.plan, 0, masked=MaskedMedia(told.append))
+    first, second = load(data, order, lambda items: objective.collate(items, 1), workers)  # type: ignore[arg-type]
+    assert first[0][0].rows.tolist() == [0, 1, 2, 3, 5]
+    assert first[0][0].batch.tensors["present"].tolist() == [[True, n != 2] for n in (0, 1, 2, 3, 5)]
+    assert second[0][0].rows.tolist() == [2, 5]
+    assert [line.partition(":")[0] for line in told] == [
+        "4 cannot be read and is left out", "2 has no image that can be read"
+    ]  # fmt: skip
+    with pytest.raises(UnreadableRow, match="2: not_found"):
+        list(load(Rows(rows, objective.plan, 0), order, lambda items: items, workers))  # type: ignore[arg-type]
 
 
 def test_rows_put_together_anew(tmp_path: Path, bases: dict[str, Path]) -> None:
