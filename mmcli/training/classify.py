@@ -245,21 +245,23 @@ class Classify:
         targets = part.targets.to(logits.device)
         return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
-    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+    def predict(self, model: nn.Module, pieces: Sequence[Piece]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and targets of each part."""
+        return [(self.logits(model, part).cpu(), part.targets) for piece in pieces for part in piece]
+
+    def measured(self, found: Sequence[list[tuple[torch.Tensor, torch.Tensor]]]) -> dict[str, float]:
         """accuracy, mean_per_class (of classes that come) and loss."""
         losses, right, classes = 0.0, [], []
-        for pieces in batches:
-            for part in (part for piece in pieces for part in piece):
-                logits = self.logits(model, part).cpu()
-                losses += float(nn.functional.cross_entropy(logits, part.targets, reduction="sum"))
-                right.append(logits.argmax(dim=-1) == part.targets)
-                classes.append(part.targets)
-        correct, targets = torch.cat(right).float(), torch.cat(classes)
-        per_class = [float(correct[targets == one].mean()) for one in sorted(set(targets.tolist()))]
+        for logits, targets in (part for batch in found for part in batch):
+            losses += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            right.append(logits.argmax(dim=-1) == targets)
+            classes.append(targets)
+        correct, truth = torch.cat(right).float(), torch.cat(classes)
+        per_class = [float(correct[truth == one].mean()) for one in sorted(set(truth.tolist()))]
         return {
             "accuracy": float(correct.mean()),
             "mean_per_class": sum(per_class) / len(per_class),
-            "loss": losses / len(targets),
+            "loss": losses / len(truth),
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:

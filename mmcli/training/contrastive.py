@@ -51,6 +51,24 @@ class Piece:
 
 
 @dataclass(slots=True)
+class Measured:
+    """Of a piece: float32 vectors [n, D] of both sides, the rows' groups, and the sum of their losses."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    groups: torch.Tensor
+    loss: float
+
+
+def joined(found: Sequence[list[Measured]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Of all batches: vectors of both sides, float32 [N, D], the rows' groups, and the mean loss of batches."""
+    pieces = [piece for batch in found for piece in batch]
+    a, b = torch.cat([piece.a for piece in pieces]), torch.cat([piece.b for piece in pieces])
+    groups = torch.cat([piece.groups for piece in pieces])
+    return a.numpy(), b.numpy(), groups.numpy(), sum(piece.loss for piece in pieces) / len(groups)
+
+
+@dataclass(slots=True)
 class Contrastive:
     """See mmcli.training.objective.Objective.
 
@@ -168,23 +186,23 @@ class Contrastive:
         """Logit scales stay at 100 at most."""
         clamp_logit_scale(model)
 
-    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+    def predict(self, model: nn.Module, pieces: Sequence[Piece]) -> list[Measured]:
+        """Vectors, and the loss, of each piece."""
+        found = []
+        for piece in pieces:
+            a, b = self._encode(piece.a).float(), self._encode(piece.b).float()
+            loss = float(self._loss(model, a, b, piece.groups.to(self._place)))
+            found.append(Measured(a.cpu(), b.cpu(), piece.groups, loss * len(a)))
+        return found
+
+    def measured(self, found: Sequence[list[Measured]]) -> dict[str, float]:
         """What `measure` says of the vectors of all rows, and the mean loss of batches."""
-        a, b, groups, loss = self.vectors(model, batches)
+        a, b, groups, loss = joined(found)
         return {**self.measure(a, b, groups), "loss": loss}
 
     def vectors(self, model: nn.Module, batches: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """Vectors of both sides, float32 [n, D], the rows' groups, and the mean loss of batches."""
-        sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        groups, losses = [], []
-        for piece in (piece for pieces in batches for piece in pieces):
-            a, b = self._encode(piece.a).float(), self._encode(piece.b).float()
-            losses.append(float(self._loss(model, a, b, piece.groups.to(self._place))) * len(a))
-            sides[0].append(a.cpu())
-            sides[1].append(b.cpu())
-            groups.append(piece.groups)
-        found = [torch.cat(side).numpy() for side in sides]
-        return found[0], found[1], torch.cat(groups).numpy(), sum(losses) / sum(map(len, groups))
+        """Of all batches: see `joined`."""
+        return joined([self.predict(model, pieces) for pieces in batches])
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """As save_pretrained does, with the base's processor files beside it."""

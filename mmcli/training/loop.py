@@ -245,7 +245,9 @@ class Trainer:
         with self._averaged():
             self._parts.model.eval()
             with torch.inference_mode():
-                found = self.objective.evaluate(self._parts.model, self.validation_batches())
+                found = self.objective.measured(
+                    [self.objective.predict(self._parts.model, pieces) for pieces in self.validation_batches()]
+                )
             value = found[name]
             progress.evaluated = progress.step
             self._tell(**{f"val_{key}": number for key, number in found.items()})

@@ -59,8 +59,12 @@ class Objective(Protocol):
         """Called after each optimizer step."""
         ...
 
-    def evaluate(self, model: torch.nn.Module, batches: Any) -> dict[str, float]:
-        """Metrics of the validation rows. `batches`: collated, in order."""
+    def predict(self, model: torch.nn.Module, pieces: Sequence[Any]) -> Any:
+        """Of a batch of validation rows, what `measured` needs; on the host, picklable."""
+        ...
+
+    def measured(self, found: Sequence[Any]) -> dict[str, float]:
+        """Metrics of what `predict` found of each batch, in order."""
         ...
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:

@@ -88,6 +88,17 @@ Piece = list[Part]
 
 
 @dataclass(slots=True)
+class Measured:
+    """Of a part: see Sums; what the model wrote, and what annotators did."""
+
+    loss: float
+    right: float
+    count: int
+    texts: list[str]
+    references: list[tuple[str, ...]]
+
+
+@dataclass(slots=True)
 class Write:
     """See mmcli.training.objective.Objective.
 
@@ -158,23 +169,27 @@ class Write:
         inputs = self._runner.to_device(part.batch)
         return self.form.sums(model, inputs, part.targets.to(self._runner.device), smoothing)
 
-    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
-        """What `measure` says of the texts that the model writes by itself; token_accuracy, loss, perplexity."""
-        sums: list[Sums] = []
-        texts: list[str] = []
-        references: list[tuple[str, ...]] = []
-        for part in (part for pieces in batches for piece in pieces for part in piece):
-            sums.append(self._sums(model, part))
-            texts += [self.form.text(output) for output in self._runner.forward(part.batch)]
-            references += part.references
-        total = sum(one.count for one in sums)
-        loss = sum(float(one.loss) for one in sums) / total
-        found = {**self.measure(texts, references), "loss": loss}
+    def predict(self, model: nn.Module, pieces: Sequence[Piece]) -> list[Measured]:
+        """What the model writes by itself, and what `sums` says, of each part."""
+        found = []
+        for part in (part for piece in pieces for part in piece):
+            sums = self._sums(model, part)
+            texts = [self.form.text(output) for output in self._runner.forward(part.batch)]
+            found.append(Measured(float(sums.loss), sums.right, sums.count, texts, part.references))
+        return found
+
+    def measured(self, found: Sequence[list[Measured]]) -> dict[str, float]:
+        """What `measure` says of the texts; loss, and what `accuracy` names."""
+        parts = [part for batch in found for part in batch]
+        total = sum(part.count for part in parts)
+        texts = [text for part in parts for text in part.texts]
+        values = self.measure(texts, [one for part in parts for one in part.references])
+        values["loss"] = sum(part.loss for part in parts) / total
         if self.form.accuracy is not None:
-            found[self.form.accuracy] = sum(one.right for one in sums) / total
+            values[self.form.accuracy] = sum(part.right for part in parts) / total
         # The best is the one with the highest value: of what should be low, its negative.
         low = self.metric.removeprefix("neg_")
-        return {**found, self.metric: -found[low]} if low != self.metric else found
+        return {**values, self.metric: -values[low]} if low != self.metric else values
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """As save_pretrained does, with the base's processor files beside it, and how it writes."""
