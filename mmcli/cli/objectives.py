@@ -119,14 +119,13 @@ class ClassifyRecipe:
         check_device(model.device)
         names, random = sorted(set(train.labels)), given.training.from_config
         if given.training.encoder:
-            return Classify(_fusion(given, model, train, names), options.label_smoothing, metric=metric)
+            network = replace(_fusion(given, model, train, names), unimodal_heads=options.unimodal_loss > 0)
+            return Classify(network, options.label_smoothing, options.unimodal_loss, metric=metric)
         if len(train.slots) > 1:
             raise ConfigError(
                 f"INPUT: rows have {' and '.join(train.slots)}; to learn from both, join encoders: "
                 f"--encoder {train.slots[0]}=MODEL --encoder {train.slots[1]}=MODEL instead of -m"
             )
-        if options.modality_dropout:
-            raise ConfigError("--modality-dropout is of rows with several media, and --encoder")
         wanted = given.training.modality or _modality(train)
         plan = classification_plan(open_checkpoint(model), model, names, wanted)  # type: ignore[arg-type]
         return Classify(EncoderNetwork(plan, random), options.label_smoothing, metric=metric)

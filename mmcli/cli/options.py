@@ -698,6 +698,15 @@ class OptimizationArguments:
             "With --encoder: leave out so many of a row's media at random; one stays.",
         ),
     ] = "0"
+    unimodal_loss: Annotated[
+        str,
+        _option(
+            OPTIMIZATION,
+            "--unimodal-loss",
+            "WEIGHT",
+            "With --encoder: add the losses of a head on each modality alone, so that all are learned; e.g. 0.5.",
+        ),
+    ] = "0"
     wise_ft: Annotated[
         str | None,
         _option(

@@ -174,11 +174,6 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
     asked, training, before = given.optimization, given.training, len(problems.lines)
     problems.collect(parse.choice, "--objective", training.objective, tuple(RECIPES))
     problems.collect(parse.choice, "--missing-policy", training.missing_policy, MISSING_POLICIES)
-    if training.missing_policy == "mask" and not training.encoder:
-        problems.add(
-            "--missing-policy mask is for models that bear rows without one of their media: --encoder "
-            "MODALITY=MODEL; drop leaves such rows out"
-        )
     if training.modality is not None:
         problems.collect(parse.choice, "--modality", training.modality, MODALITIES)
     batch_size = problems.collect(parse.number, "--batch-size", asked.batch_size, 1)
@@ -208,6 +203,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "freeze": parse.split_names(training.freeze),
         "ema": _optional(problems, parse.share, "--ema", asked.ema),
         "modality_dropout": problems.collect(parse.share, "--modality-dropout", asked.modality_dropout),
+        "unimodal_loss": problems.collect(parse.decimal, "--unimodal-loss", asked.unimodal_loss),
         "wise_ft": _optional(problems, parse.share, "--wise-ft", asked.wise_ft),
         "patience": _optional(problems, parse.number, "--early-stopping", asked.early_stopping, 1),
         "eval_steps": _optional(problems, parse.number, "--eval-steps", asked.eval_steps, 1),
@@ -217,7 +213,22 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "augment": problems.collect(parse.choice, "--augment", training.augment, tuple(AUGMENTS)),
         "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
     }
+    if not training.encoder:
+        _without_encoders(training.missing_policy, values, problems)
     return TrainOptions(**values) if len(problems.lines) == before else None
+
+
+def _without_encoders(policy: str, values: dict[str, Any], problems: Problems) -> None:
+    """Add what is asked that only a fusion of encoders has."""
+    if policy == "mask":
+        problems.add(
+            "--missing-policy mask is for models that bear rows without one of their media: --encoder "
+            "MODALITY=MODEL; drop leaves such rows out"
+        )
+    for name in ("modality_dropout", "unimodal_loss"):
+        if values[name]:
+            flag = f"--{name.replace('_', '-')}"
+            problems.add(f"{flag} is of rows with several media, and --encoder MODALITY=MODEL; leave it out")
 
 
 def _described(given: Given, objective: Objective) -> dict[str, Any]:

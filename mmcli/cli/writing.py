@@ -72,9 +72,8 @@ class WriteRecipe:
         messages = Messages(quiet=given.messages.quiet, log_file=given.messages.log_file)
         if metric == "vqa_accuracy" and min(map(len, texts)) < 4:
             raise ConfigError("--metric vqa_accuracy needs a list of 4 answers or more in every row")
-        if options.balance or options.modality_dropout:
-            flag = "--balance" if options.balance else "--modality-dropout"
-            raise ConfigError(f"{flag} is of --objective classify; leave it out")
+        if options.balance:
+            raise ConfigError("--balance is of --objective classify; leave it out")
         model, generation = replace(model, dtype="float32"), self._generation(given)
         plan, form = self._form(given, model, generation, texts, messages)
         if metric == "token_accuracy" and form.accuracy is None:

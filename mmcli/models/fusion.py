@@ -110,14 +110,16 @@ def _as_config(given: Any) -> Any:
 class MultimodalOutput(ModelOutput):  # type: ignore[misc]
     """What a MultimodalTransformer gives.
 
-    loss    the mean over rows (of several labels at once: and labels); None without labels
-    logits  [n, L]
-    hidden  [n, H], what the head reads
+    loss             the mean over rows (of several labels at once: and labels); None without labels
+    logits           [n, L]
+    hidden           [n, H], what the head reads
+    unimodal_logits  [n, M, L], of each modality alone (see add_unimodal_heads); of a row that lacks it, anything
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    unimodal_logits: torch.Tensor | None = None
 
 
 class Tower(nn.Module):
@@ -328,6 +330,7 @@ class MultimodalTransformer(PreTrainedModel):  # type: ignore[misc]
         self.norm = nn.LayerNorm(config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.unimodal_heads = nn.ModuleDict()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -392,7 +395,29 @@ class MultimodalTransformer(PreTrainedModel):  # type: ignore[misc]
         sequences = [tower(of[m], present[:, i]) for i, (m, tower) in enumerate(self.towers.items())]
         hidden = self._fuse(sequences)
         logits = self.head(self.dropout(hidden))
-        return MultimodalOutput(None if labels is None else self._loss(logits, labels), logits, hidden)
+        loss = None if labels is None else self._loss(logits, labels)
+        return MultimodalOutput(loss, logits, hidden, self._unimodal(sequences))
+
+    def add_unimodal_heads(self) -> None:
+        """A linear head for each modality, on the mean of its tokens before fusion: for training alone.
+
+        They are no part of what save_pretrained writes. Drawn from torch's global generator.
+        """
+        for modality in self.config.modalities:
+            head = nn.Linear(self.config.hidden_size, self.config.num_labels)
+            nn.init.normal_(head.weight, 0.0, self.config.initializer_range)
+            nn.init.zeros_(head.bias)
+            self.unimodal_heads[modality] = head.to(self.device)
+        self._keys_to_ignore_on_save = [f"unimodal_heads.{name}" for name in self.unimodal_heads.state_dict()]
+
+    def _unimodal(self, sequences: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        if not self.unimodal_heads:
+            return None
+        found = []
+        for (tokens, mask), head in zip(sequences, self.unimodal_heads.values(), strict=True):
+            counted = mask[..., None].to(tokens.dtype)
+            found.append(head((tokens * counted).sum(dim=1) / counted.sum(dim=1)))
+        return torch.stack(found, dim=1)
 
     def _fuse(self, sequences: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Tokens and masks of all modalities -> [n, H], that of [CLS]."""

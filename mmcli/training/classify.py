@@ -75,6 +75,23 @@ def classification_plan(
     )
 
 
+@dataclass(slots=True)
+class Outputs:
+    """What a network gives for n rows.
+
+    logits  [n, L]
+    alone   by modality: the logits of a head that sees it alone [n, L], and which rows have it, bool [n]
+    """
+
+    logits: torch.Tensor
+    alone: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def to_host(self) -> Outputs:
+        """The same, float32."""
+        alone = {name: (logits.float().cpu(), there.cpu()) for name, (logits, there) in self.alone.items()}
+        return Outputs(self.logits.float().cpu(), alone)
+
+
 class Network(Protocol):
     """What has a head for labels: see EncoderNetwork and mmcli.training.fusion.FusionNetwork."""
 
@@ -93,8 +110,8 @@ class Network(Protocol):
         """Equal for samples that may share a batch."""
         ...
 
-    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Model inputs -> [n, L]."""
+    def outputs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Outputs:
+        """Of model inputs."""
         ...
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -160,9 +177,9 @@ class EncoderNetwork:
         """See Network."""
         return sample.modality, sample.group
 
-    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def outputs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Outputs:
         """See Network."""
-        return head_tower(model, self.plan.detail.modality)(inputs).flatten(1)
+        return Outputs(head_tower(model, self.plan.detail.modality)(inputs).flatten(1))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """As save_pretrained does, with the base's processor files beside it."""
@@ -172,10 +189,18 @@ class EncoderNetwork:
 
 @dataclass(slots=True)
 class Classify:
-    """See mmcli.training.objective.Objective. Loss: the mean cross-entropy of rows."""
+    """See mmcli.training.objective.Objective. Loss: the mean over rows of the cross-entropy.
+
+    unimodal_loss  a row's loss is that of its logits, and so many times that of each modality's head on it, of the
+                   modalities that it has: so each encoder learns as if it were alone, where otherwise the one that
+                   is learned first leaves the others nothing to explain (Wang, Tran & Feiszli 2020, "What makes
+                   training multi-modal classification networks hard?"; here all weights are one). The sum is
+                   divided by the rows of the batch, as the loss itself is
+    """
 
     network: Network
     label_smoothing: float = 0.0
+    unimodal_loss: float = 0.0
     name: str = "classify"
     metric: str = "accuracy"
     _new: frozenset[str] = field(default=frozenset(), init=False)
@@ -237,31 +262,53 @@ class Classify:
 
     def logits(self, model: nn.Module, part: Part) -> torch.Tensor:
         """float32 [n, L], on the device."""
+        return self._outputs(model, part).logits.float()
+
+    def _outputs(self, model: nn.Module, part: Part) -> Outputs:
         assert self._device is not None
-        return self.network.logits(model, self._device.to_device(part.batch)).float()
+        return self.network.outputs(model, self._device.to_device(part.batch))
 
     def _loss(self, model: nn.Module, part: Part) -> torch.Tensor:
-        logits = self.logits(model, part)
-        targets = part.targets.to(logits.device)
-        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        found = self._outputs(model, part)
+        targets = part.targets.to(found.logits.device)
+        loss = self._cross_entropy(found.logits, targets).sum()
+        for logits, there in found.alone.values():
+            # All rows are computed, so that each head has a gradient in every piece.
+            each = self._cross_entropy(logits, targets) * there.to(logits.device)
+            loss = loss + self.unimodal_loss * each.sum()
+        return loss
 
-    def predict(self, model: nn.Module, pieces: Sequence[Piece]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits and targets of each part."""
-        return [(self.logits(model, part).cpu(), part.targets) for piece in pieces for part in piece]
+    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[n]"""
+        smoothing = self.label_smoothing
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
-    def measured(self, found: Sequence[list[tuple[torch.Tensor, torch.Tensor]]]) -> dict[str, float]:
-        """accuracy, mean_per_class (of classes that come) and loss."""
+    def predict(self, model: nn.Module, pieces: Sequence[Piece]) -> list[tuple[Outputs, torch.Tensor]]:
+        """What each part gives, on the host, and its targets."""
+        found = [(self._outputs(model, part), part.targets) for piece in pieces for part in piece]
+        return [(one.to_host(), targets) for one, targets in found]
+
+    def measured(self, found: Sequence[list[tuple[Outputs, torch.Tensor]]]) -> dict[str, float]:
+        """accuracy, mean_per_class (of classes that come) and loss.
+
+        Also accuracy_image and so on, of each modality's head over the rows that have it.
+        """
         losses, right, classes = 0.0, [], []
-        for logits, targets in (part for batch in found for part in batch):
-            losses += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            right.append(logits.argmax(dim=-1) == targets)
+        alone: dict[str, list[torch.Tensor]] = {}
+        for outputs, targets in (part for batch in found for part in batch):
+            losses += float(nn.functional.cross_entropy(outputs.logits, targets, reduction="sum"))
+            right.append(outputs.logits.argmax(dim=-1) == targets)
             classes.append(targets)
+            for name, (logits, there) in outputs.alone.items():
+                alone.setdefault(name, []).append((logits.argmax(dim=-1) == targets)[there])
         correct, truth = torch.cat(right).float(), torch.cat(classes)
         per_class = [float(correct[truth == one].mean()) for one in sorted(set(truth.tolist()))]
+        heads = {name: torch.cat(rows).float() for name, rows in alone.items()}
         return {
             "accuracy": float(correct.mean()),
             "mean_per_class": sum(per_class) / len(per_class),
             "loss": losses / len(truth),
+            **{f"accuracy_{name}": float(rows.mean()) for name, rows in heads.items() if len(rows)},
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:

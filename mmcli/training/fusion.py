@@ -20,21 +20,23 @@ from mmcli.models.fusion_runner import FusionCollator
 from mmcli.models.options import ModelOptions
 from mmcli.models.plan import ClassificationPlan
 from mmcli.models.runner import Collator
-from mmcli.training.classify import Part
+from mmcli.training.classify import Outputs, Part
 
 
 @dataclass(frozen=True, slots=True)
 class FusionNetwork:
     """See mmcli.training.classify.Network.
 
-    encoders  by modality
-    settings  of MultimodalConfig: hidden_size, num_attention_heads, num_hidden_layers, ...
+    encoders        by modality
+    settings        of MultimodalConfig: hidden_size, num_attention_heads, num_hidden_layers, ...
+    unimodal_heads  each modality also has a head of its own, which is not saved
     """
 
     plan: ClassificationPlan
     encoders: Mapping[Modality, Checkpoint]
     from_config: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unimodal_heads: bool = False
 
     @classmethod
     def of(
@@ -59,6 +61,8 @@ class FusionNetwork:
             attn_implementation=self.plan.attn_implementation,
             **self.settings,
         )
+        if self.unimodal_heads:
+            model.add_unimodal_heads()
         return model.to(device), frozenset() if self.from_config else model.new_weights()
 
     def collator(self, device: torch.device) -> Collator:
@@ -69,12 +73,15 @@ class FusionNetwork:
         """Rows share a batch whatever they lack: their encoders run once for all of them."""
         return sample.group
 
-    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def outputs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Outputs:
         """See Network."""
         given = dict(inputs)
         present = given.pop("present")
-        logits: torch.Tensor = model(given, present).logits
-        return logits
+        found = model(given, present)
+        if found.unimodal_logits is None:
+            return Outputs(found.logits)
+        alone = zip(self.encoders, found.unimodal_logits.unbind(1), present.unbind(1), strict=True)
+        return Outputs(found.logits, {modality: (logits, there) for modality, logits, there in alone})
 
     def save(self, model: Any, folder: Path) -> None:
         """The model, and how each of its encoders takes inputs."""

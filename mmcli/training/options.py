@@ -34,6 +34,7 @@ class TrainOptions:
     lora_rank      linear layers learn a difference of this rank (Hu et al. 2021), scaled by lora_alpha / lora_rank
                    (None: 2), and of all else new weights alone learn; None: all weights do
     modality_dropout  share of the modalities that are left out of rows of several, at random
+    unimodal_loss  weight of the losses of heads that see one modality alone; 0: there are none
     """
 
     epochs: int = 3
@@ -57,6 +58,7 @@ class TrainOptions:
     eval_steps: int | None = None
     balance: bool = False
     modality_dropout: float = 0.0
+    unimodal_loss: float = 0.0
     lora_rank: int | None = None
     lora_alpha: float | None = None
     augment: str = "none"

@@ -152,6 +152,8 @@ def test_rows_in_both_are_told(cli: Cli, data: tuple[Path, Path, Path], tmp_path
         (["--dtype", "bfloat16"], "weights are float32 here: --precision bf16"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 is for GPUs"),
         (["--modality", "text"], "a vit learns image; the rows are text"),
+        (["--unimodal-loss", "0.5"], "--unimodal-loss is of rows with several media, and --encoder"),
+        (["--modality-dropout", "0.5"], "--modality-dropout is of rows with several media, and --encoder"),
         (["--missing-policy", "mask"], "mask is for models that bear rows without one of their media"),
         (["--val", "sample_data/images.jsonl"], "give folders or manifests, not both"),
         (["--objective", "learn"], "--objective 'learn' is not one of"),

@@ -20,6 +20,7 @@ from training_runs import still, trainer_of
 from mmcli.core.errors import ExitCode, Stopped
 from mmcli.core.records import Media
 from mmcli.models.checkpoint import open_checkpoint
+from mmcli.models.fusion import MultimodalTransformer
 from mmcli.models.options import ModelOptions
 from mmcli.training.classify import Classify
 from mmcli.training.data import Batches, MaskedMedia, Row, Rows, UnreadableRow, load
@@ -62,9 +63,12 @@ def rows_of(folder: Path, count: int, missing: bool = True) -> list[Row]:
     return rows
 
 
-def gradients(network: FusionNetwork, rows: list[Row], pieces: int) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(
+    network: FusionNetwork, rows: list[Row], pieces: int, unimodal: float = 0.0
+) -> tuple[dict[str, torch.Tensor], float]:
     torch.manual_seed(0)
-    objective = Classify(replace(network, plan=replace(network.plan, dtype="float64")))
+    network = replace(network, plan=replace(network.plan, dtype="float64"), unimodal_heads=unimodal > 0)
+    objective = Classify(network, unimodal_loss=unimodal)
     model = objective.build(torch.device("cpu")).double().train()
 
     def collate(items: Any) -> Any:
@@ -76,17 +80,56 @@ def gradients(network: FusionNetwork, rows: list[Row], pieces: int) -> tuple[dic
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, loss  # type: ignore[misc]
 
 
-def test_a_batch_in_pieces_has_the_gradients_of_the_whole(tmp_path: Path, bases: dict[str, Path]) -> None:
+@pytest.mark.parametrize("unimodal", [0.0, 0.7])
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole(
+    tmp_path: Path, bases: dict[str, Path], unimodal: float
+) -> None:
     """Rows without a medium are in it; in every piece every parameter that learns has a gradient."""
     network, rows = network_of(bases), rows_of(tmp_path / "images", 9)
-    whole, loss = gradients(network, rows, 1)
+    whole, loss = gradients(network, rows, 1, unimodal)
     assert all(gradient is not None for gradient in whole.values())
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
     for pieces in (2, 9):
-        found, other = gradients(network, rows, pieces)
+        found, other = gradients(network, rows, pieces, unimodal)
         assert other == pytest.approx(loss, rel=1e-6)
         worst = max(float((found[name] - whole[name]).abs().max()) for name in whole)
         assert worst <= 1e-6 * largest, f"{worst / largest:.1e}"
+
+
+def test_heads_of_one_modality(tmp_path: Path, bases: dict[str, Path], recwarn: pytest.WarningsRecorder) -> None:
+    """Each learns from the rows that have its modality, before fusion; none of them is in what is saved."""
+    objective = Classify(replace(network_of(bases), unimodal_heads=True), unimodal_loss=0.5)
+    torch.manual_seed(0)
+    model: Any = objective.build(torch.device("cpu")).eval()
+    assert {f"unimodal_heads.{m}.{p}" for m in bases for p in ("weight", "bias")} <= objective.new_weights()
+    data = Rows(rows_of(tmp_path / "images", 9), objective.plan, 0)
+    items: Any = [data[(0, row)] for row in range(9)]
+    ((whole,),) = objective.collate(items, 1)
+    loss, wanted = float(objective.step(model, [[whole]], 9, lambda loss: None)), 0.0
+    right: dict[str, list[bool]] = {"text": [], "image": []}
+    for item in items:
+        ((part,),) = objective.collate([item], 1)
+        inputs = objective.network.collator(torch.device("cpu")).to_device(part.batch)
+        present = inputs.pop("present")
+        found = model(inputs, present)
+        wanted += float(torch.nn.functional.cross_entropy(found.logits, part.targets)) / 9
+        for place, (modality, tower) in enumerate(model.towers.items()):
+            own = {n.partition(".")[2]: t for n, t in inputs.items() if n.startswith(f"{modality}.")}
+            if present[0, place]:
+                tokens, _ = tower(own, present[:, place])
+                logits = model.unimodal_heads[modality](tokens.mean(dim=1))
+                wanted += 0.5 * float(torch.nn.functional.cross_entropy(logits, part.targets)) / 9
+                right[modality].append(bool(logits.argmax() == part.targets))
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    measured = objective.measured([objective.predict(model, [[whole]])])
+    assert (len(right["text"]), len(right["image"])) == (8, 6)
+    for modality, answers in right.items():
+        assert measured[f"accuracy_{modality}"] == pytest.approx(np.mean(answers))
+    objective.save(model, tmp_path)
+    saved, info = MultimodalTransformer.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert not [str(one.message) for one in recwarn if "unimodal" in str(one.message)]
+    assert set(saved.state_dict()) == {n for n in model.state_dict() if not n.startswith("unimodal_heads.")}
 
 
 OPTIONS = TrainOptions(epochs=4, batch_size=6, learning_rate=1e-3, modality_dropout=0.4)
@@ -96,7 +139,7 @@ def test_it_goes_on_exactly_with_modality_dropout(tmp_path: Path, bases: dict[st
     rows = rows_of(tmp_path / "images", 18)
 
     def run(name: str, stop: Any = None, workers: int = 0) -> dict[str, torch.Tensor]:
-        objective = Classify(network_of(bases, dropout=0.1))
+        objective = Classify(replace(network_of(bases, dropout=0.1), unimodal_heads=True), unimodal_loss=0.3)
         trainer = trainer_of(tmp_path / name, objective, rows, rows[:6], OPTIONS, stop, num_workers=workers)
         trainer.data.train = Rows(rows, objective.plan, 0, None, OPTIONS.modality_dropout)
         trainer.train()
@@ -139,6 +182,7 @@ def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
     sizes = ["--hidden-size", "16", "--fusion-layers", "1", "--fusion-heads", "2"]
     encoders = ["--encoder", f"image={clip}", "--encoder", f"text={bert}", *sizes]
     more = ["--epochs", "2", "--batch-size", "5", "--learning-rate", "1e-3", "--modality-dropout", "0.2"]
+    more += ["--unimodal-loss", "0.3"]
     train, val = str(tmp_path / "train.jsonl"), str(tmp_path / "val.jsonl")
     assert mmcli(["finetune", train, "--val", val, *columns, *encoders, *more, "-o", str(run)]) == 0
     assert mmcli(["classify", val, *columns, "-m", str(run / "best"), "--keep", "truth=label", "-o", str(out)]) == 0
@@ -147,6 +191,7 @@ def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = next(line for line in lines if line["step"] == told["best_step"] and "val_loss" in line)
     assert np.mean([row["label"] == row["truth"] for row in found]) == pytest.approx(best["val_accuracy"])
+    assert {"val_accuracy_image", "val_accuracy_text"} <= set(best)
     diagnosis = json.loads((run / "diagnostics.json").read_text())
     assert diagnosis["accuracy"]["value"] == pytest.approx(best["val_accuracy"])
     assert set(diagnosis["modalities"]) == {"image", "text"}
