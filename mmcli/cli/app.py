@@ -10,6 +10,7 @@ import typer
 
 from mmcli import __version__
 from mmcli.cli.ask import ask
+from mmcli.cli.bench import bench
 from mmcli.cli.caption import caption
 from mmcli.cli.classify import classify
 from mmcli.cli.command import Command
@@ -38,6 +39,7 @@ COMMANDS = {
     "classify": (classify, "The label of every input."),
     "eval": (evaluate, "How right predictions are."),
     "finetune": (finetune, "A model that learns from solved rows."),
+    "bench": (bench, "How fast a model goes over inputs here, and what limits it."),
     "inspect": (inspect, "What an output holds."),
 }
 for _name, (_function, _line) in COMMANDS.items():

@@ -17,6 +17,16 @@ from mmcli.core.report import Report
 
 # On a terminal the line is redrawn; in a log file or under cron a line each 30 s is enough.
 TERMINAL_S, PLAIN_S = 0.25, 30.0
+# What limits a run, by the lane of its report.
+LIMITS = {
+    "read": "reading the list of inputs",
+    "decode": "decoding",
+    "collate": "collating batches",
+    "model": "the model",
+    "write": "writing",
+}
+# Shares of lanes that are hardly ever busy are told from here on.
+WORTH_SAYING = 0.2
 
 
 class Messages:
@@ -40,12 +50,15 @@ class Messages:
         if self._log is not None:
             print(datetime.now().astimezone().isoformat(timespec="seconds"), line, file=self._log, flush=True)
 
-    def summary(self, report: Report, output: str, *, as_json: bool, outcome: Outcome) -> None:
+    def summary(
+        self, report: Report, output: str, *, as_json: bool, outcome: Outcome, advice: str | None = None
+    ) -> None:
         """The last words: a few lines for a person, and one JSON line with --json."""
         if report.done or report.resumed or outcome.reason is None:
-            for line in summary_lines(report, output):
+            for line in summary_lines(report, output, advice):
                 self.note(line)
         data: dict[str, Any] = {"output": output, "exit_code": outcome.exit_code, "error": outcome.reason}
+        data["advice"] = advice
         text = json.dumps({**data, **report.to_dict()})
         if as_json:
             say(text)
@@ -161,16 +174,16 @@ class TrainingProgress:
 
 
 def progress_line(report: Report) -> str:
-    """`1,200 of 10,000 rows · 240/s · 3 errors · ETA 0:36 · decode 40 % forward 55 % write 1 %`"""
+    """`1,200 of 10,000 rows · 240/s · 3 errors · ETA 0:36 · busy: decode 40 + processor 12 %, ...`"""
     done = report.done + report.resumed
     total = report.rows_total
     rate = _recent_rate(report)
-    parts = [f"{done:,} of {total:,} rows" if total is not None else f"{done:,} rows", f"{_rate(rate)}/s"]
+    parts = [f"{done:,} of {total:,} rows" if total is not None else f"{done:,} rows", f"{written_rate(rate)}/s"]
     if report.error_rows:
         parts.append(_errors(report))
     if total is not None and rate > 0:
         parts.append(f"ETA {_duration((total - done) / rate)}")
-    return " · ".join([*parts, _split(report)])
+    return " · ".join([*parts, split(report)])
 
 
 def _recent_rate(report: Report) -> float:
@@ -179,8 +192,8 @@ def _recent_rate(report: Report) -> float:
     return report.done / max(running if running > 5 else report.wall_s, 1e-9)
 
 
-def summary_lines(report: Report, output: str) -> list[str]:
-    """A few lines: what was done, how fast, what limited it, which errors."""
+def summary_lines(report: Report, output: str, advice: str | None = None) -> list[str]:
+    """A few lines: what was done, how fast, what limited it and what would change that, which errors."""
     rows = report.done + report.resumed
     facts = [f"{rows:,} row{'' if rows == 1 else 's'}", f"{rows - report.error_rows:,} ok"]
     if report.error_rows:
@@ -194,27 +207,44 @@ def summary_lines(report: Report, output: str) -> list[str]:
     if not report.done:
         return lines
     rate = report.done / max(report.wall_s, 1e-9)
-    lines.append(f"{_duration(report.wall_s)}, {_rate(rate)} rows/s · {_split(report)}")
+    steady = report.steady()
+    running = f" ({written_rate(steady[0] / steady[1])} once running)" if steady is not None else ""
+    lines.append(f"{_duration(report.wall_s)}, {written_rate(rate)} rows/s{running} · {split(report)}")
     if limit := report.limited_by():
-        lines[-1] += f" · limited by {limit}"
+        lines.append(f"limited by {LIMITS[limit]}" + (f": {advice}" if advice else ""))
     return lines
 
 
-def _split(report: Report) -> str:
-    """Shares of the wall time; decode is per worker, and stages overlap."""
-    wall = max(report.wall_s - report.seconds["load"], 1e-9)
-    workers = max(report.num_workers, 1)
-    decode = (report.seconds["decode"] + report.seconds["process"]) / workers
-    model = report.seconds["collate"] + report.seconds["forward"]
-    shares = {"decode": decode, "model": model, "write": report.seconds["write"] + report.seconds["finalise"]}
-    return "busy: " + " ".join(f"{name} {min(100, round(100 * s / wall))} %" for name, s in shares.items())
+# What stages are called, where it is not their name.
+SAID = {"process": "processor", "post": "results"}
+
+
+def split(report: Report) -> str:
+    """How long each lane was busy, in shares of the wall time: they work at the same time, so these add up to more.
+
+    `busy: decode 61 + processor 30 % of 2 workers, model 97 %, write 2 %; cores 98 %`
+    """
+    shares = report.shares()
+    decode = " + ".join(f"{SAID.get(s, s)} {_percent(v)}" for s, v in shares["decode"].items())
+    workers = report.num_workers
+    said = [f"{decode} %" + (f" of {workers} workers" if workers > 1 else "")]
+    for lane in ("read", "collate", "model", "write"):
+        share = sum(shares[lane].values())
+        if lane in ("model", "write") or share >= WORTH_SAYING:
+            said.append(f"{lane} {_percent(share)} %")
+    return f"busy: {', '.join(said)}; cores {_percent(report.cores_busy())} %"
+
+
+def _percent(share: float) -> int:
+    return min(100, round(100 * share))
 
 
 def _errors(report: Report) -> str:
     return f"{report.error_rows:,} error{'' if report.error_rows == 1 else 's'}"
 
 
-def _rate(rate: float) -> str:
+def written_rate(rate: float) -> str:
+    """Rows a second."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 

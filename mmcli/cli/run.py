@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmcli.cli import parse
+from mmcli.cli.advice import Setting, advise
 from mmcli.cli.boundary import guard
 from mmcli.cli.compose import Arguments, Planner, Prepared, prepare
 from mmcli.cli.environment import prepare_environment
 from mmcli.cli.messages import Messages
 from mmcli.cli.signals import Signals
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, NothingToDo, OutputError, TryAgain
-from mmcli.core.protocols import Decoder, Snapshot
+from mmcli.core.protocols import Decoder, ModelPlan, Snapshot
 from mmcli.core.report import Report
 
 if TYPE_CHECKING:
@@ -36,17 +37,28 @@ def execute(arguments: Arguments, planner: Planner) -> int:
     options = arguments.messages
     prepare_environment(offline=arguments.model.offline, debug=options.debug, log_file=options.log_file)
     messages = Messages(quiet=options.quiet, log_file=options.log_file)
-    report = Report()
+    report = Report(cores=parse.available_cores())
     signals = Signals()
+    plans: list[ModelPlan] = []
     with signals.catching():
-        outcome = guard(lambda: _execute(arguments, planner, messages, report, signals), debug=options.debug)
-    messages.summary(report, arguments.output.output, as_json=options.json, outcome=outcome)
+        outcome = guard(lambda: _execute(arguments, planner, messages, report, signals, plans), debug=options.debug)
+    advice = advise(report.limited_by(), Setting.of(report, arguments, plans[0])) if plans else None
+    messages.summary(report, arguments.output.output, as_json=options.json, outcome=outcome, advice=advice)
     return outcome.exit_code
 
 
-def _execute(arguments: Arguments, planner: Planner, messages: Messages, report: Report, signals: Signals) -> int:
-    with signals.heard(), _nursery(arguments) as nursery:
+def _execute(
+    arguments: Arguments,
+    planner: Planner,
+    messages: Messages,
+    report: Report,
+    signals: Signals,
+    plans: list[ModelPlan],
+) -> int:
+    """`plans`: gets the model's plan, once it is known."""
+    with signals.heard(), open_nursery(arguments) as nursery:
         prepared = prepare(arguments, planner, messages, report, signals)
+        plans.append(prepared.planned.plan)
         prepared.nursery = nursery
         if nursery is not None and prepared.decoder is not None:
             # Nothing is decoded; what it still imports would keep a core busy for seconds.
@@ -59,7 +71,7 @@ def _execute(arguments: Arguments, planner: Planner, messages: Messages, report:
 
 
 @contextmanager
-def _nursery(arguments: Arguments) -> Iterator[Nursery | None]:
+def open_nursery(arguments: Arguments) -> Iterator[Nursery | None]:
     """The decode workers' nursery, started before anything else: it imports while this process does."""
     from mmcli.media.pool import Nursery
     from mmcli.models.resolve import processor_imports
@@ -159,7 +171,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     batch_size = limits.batch_size or auto_batch_size(prepared)
     options = LocalOptions(
         batch_size=batch_size,
-        window=_window(batch_size, snapshot, prepared),
+        window=window_of(batch_size, snapshot, prepared),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
         parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),
@@ -169,7 +181,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     plan = prepared.planned.plan if ready is None else ready(prepared)
     work = Work(
         source=prepared.source,
-        decoder=_decoder(prepared, snapshot),
+        decoder=open_decoder(prepared, snapshot),
         plan=plan,
         task=prepared.planned.task,
         report=prepared.report,
@@ -209,7 +221,8 @@ def auto_batch_size(prepared: Prepared) -> int:
     return AUTO_BATCH_CPU_CAPTIONS if captions else AUTO_BATCH_CPU
 
 
-def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
+def window_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
+    """Rows that are batched together in a run."""
     from mmcli.engines.batching import window_rows
 
     # Prompts vary with the columns that they name, and so do the questions of a row, and the shapes of a ViLT's
@@ -220,7 +233,8 @@ def _window(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
     return window_rows(batch_size, lengths_vary=not fixed or prepared.planned.task.name == "ask")
 
 
-def _decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
+def open_decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
+    """What decodes the inputs of a run."""
     if prepared.decoder is not None:
         return prepared.decoder()
     from mmcli.media.pool import DecodePool, InlineDecoder

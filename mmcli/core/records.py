@@ -209,6 +209,8 @@ class Transcript:
 class Decoded:
     """What decode workers give: for each record one outcome per Sample, and the seconds that it took.
 
+    decode_s, process_s  wall seconds; cpu_s: processor seconds, the messages included, of a process of its own
+
     A record has a Sample for each of its media; or, of a RecordProcessor (mmcli.core.protocols), as many as that
     makes of all of them.
     """
@@ -217,6 +219,7 @@ class Decoded:
     outcomes: Sequence[tuple[Sample | RowError, ...]]
     decode_s: float = 0.0
     process_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 @dataclass(slots=True)

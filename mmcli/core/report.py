@@ -10,9 +10,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-# Stages in the order of a row's way. decode and process are summed over all workers; they, forward and write
-# overlap, so the stages add up to more than the run's wall time.
-STAGES = ("list", "load", "decode", "process", "wait", "collate", "forward", "write", "finalise")
+# Where the stages of a row's way are done. Lanes work at the same time, so their seconds add up to more than the
+# wall time; the stages of one lane follow one another. decode: --num-workers processes; the others: a thread each.
+LANES: dict[str, tuple[str, ...]] = {
+    "read": ("read",),
+    "decode": ("decode", "process"),
+    "collate": ("collate",),
+    "model": ("transfer", "forward"),
+    "write": ("post", "write"),
+}
+# All stages, in the order of a row's way. list and load come before the lanes are at work, finalise behind.
+STAGES = ("list", "load", *(stage for lane in LANES.values() for stage in lane), "finalise")
+# Shares are of the time after the first result, unless that is less: what came before is the start.
+STEADY_S = 1.0
+# What the model's thread waits for: inputs, and the writer.
+WAITS = ("wait", "write_wait")
+
+
+@dataclass(slots=True)
+class Mark:
+    """What a run had used at a moment: wall seconds since it began, rows done, seconds of stages and waits, and
+    processor seconds of all its processes."""
+
+    wall_s: float = 0.0
+    done: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    cpu_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -24,6 +47,12 @@ class Report:
     reused      rows taken over from the previous output (--update, --retry-errors)
     done        rows finished in this run (computed or reused)
     committed   rows safe on disk, resumed ones included
+    seconds     wall seconds by stage; decode and process: of all workers together. `wait`: the model waited for
+                inputs, `write_wait`: for the writer
+    workers_cpu_s  processor seconds of the decode workers
+    num_workers    decode processes; 0: a thread decodes
+    first_decoded_s  when the first inputs began to be decoded; first_result_s: when the first rows were done
+    device, cores  where the model is, and how many cores the run may use
     """
 
     rows_total: int | None = None
@@ -37,8 +66,15 @@ class Report:
     batches: int = 0
     oom_halvings: int = 0
     num_workers: int = 0
+    workers_cpu_s: float = 0.0
+    device: str | None = None
+    cores: int = 1
     started: float = field(default_factory=time.perf_counter)
+    first_decoded_s: float | None = None
     first_result_s: float | None = None
+    _begun: Mark | None = None
+    _first: Mark | None = None
+    _ended: Mark | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -59,24 +95,98 @@ class Report:
         return time.perf_counter() - self.started
 
     @property
+    def cpu_s(self) -> float:
+        """Processor seconds: of this process since it began, and of the workers' answers."""
+        return time.process_time() + self.workers_cpu_s
+
+    @property
     def error_rows(self) -> int:
         return sum(self.errors.values())
 
-    def limited_by(self) -> str | None:
-        """Which stage the run waited for most: "decode", "model" or "write"; None when too short to tell."""
-        busy = {
-            "model": self.seconds["forward"] + self.seconds["collate"],
-            "decode": float(self.seconds["wait"]),
-            "write": float(self.seconds["write_wait"]),
+    def begin(self) -> None:
+        """The lanes are about to start."""
+        self._begun = self.mark()
+
+    def decoded(self, decode_s: float, process_s: float, cpu_s: float) -> None:
+        """A worker has decoded some inputs, in so many seconds."""
+        if self.first_decoded_s is None:
+            self.first_decoded_s = self.wall_s - decode_s - process_s
+        self.add("decode", decode_s)
+        self.add("process", process_s)
+        self.workers_cpu_s += cpu_s
+
+    def first_result(self) -> None:
+        """Rows are done; only the first call counts."""
+        if self.first_result_s is None:
+            self._first = self.mark()
+            self.first_result_s = self._first.wall_s
+
+    def end(self) -> None:
+        """The lanes have ended."""
+        self._ended = self.mark()
+
+    def mark(self) -> Mark:
+        """How far the run is now."""
+        with self._lock:
+            seconds = self.seconds.copy()
+        return Mark(self.wall_s, self.done, seconds, self.cpu_s)
+
+    def span(self) -> tuple[Mark, Mark]:
+        """What shares are of: the time after the first result where that is STEADY_S, else all since `begin`."""
+        end = self._ended or self.mark()
+        if self._first is not None and end.wall_s - self._first.wall_s >= STEADY_S:
+            return self._first, end
+        return self._begun or Mark(), end
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """lane -> stage -> share of the wall time in which it was busy; of decode: each of the workers."""
+        start, end = self.span()
+        wall = max(end.wall_s - start.wall_s, 1e-9)
+        return {
+            lane: {
+                stage: (end.seconds[stage] - start.seconds[stage])
+                / (wall * (max(1, self.num_workers) if lane == "decode" else 1))
+                for stage in stages
+            }
+            for lane, stages in LANES.items()
         }
-        # What is waited for before the first result is the start of processes and the model.
-        if self.first_result_s is None or self.wall_s - self.first_result_s < 1 or not any(busy.values()):
+
+    def cores_busy(self) -> float:
+        """The share of the machine's processor time that the run has used."""
+        start, end = self.span()
+        return (end.cpu_s - start.cpu_s) / (max(end.wall_s - start.wall_s, 1e-9) * max(1, self.cores))
+
+    def steady(self) -> tuple[int, float] | None:
+        """(rows, seconds) after the first result; None when that was less than STEADY_S."""
+        start, end = self.span()
+        return (end.done - start.done, end.wall_s - start.wall_s) if start is self._first else None
+
+    def limited_by(self) -> str | None:
+        """The lane that the run waited for most; None when it was too short to tell.
+
+        The model's thread computes, waits for inputs or waits for the writer. Where inputs are waited for, it is
+        the busiest of the lanes that make them.
+        """
+        if self.steady() is None:
             return None
-        return max(busy, key=lambda k: busy[k])
+        start, end = self.span()
+        used = {what: end.seconds[what] - start.seconds[what] for what in ("transfer", "forward", *WAITS)}
+        spent = {
+            "model": used["transfer"] + used["forward"],
+            "decode": used["wait"],
+            "write": used["write_wait"],
+        }
+        if not any(spent.values()):
+            return None
+        longest = max(spent, key=lambda lane: spent[lane])
+        if longest != "decode":
+            return longest
+        busy = {lane: sum(self.shares()[lane].values()) for lane in ("decode", "read", "collate")}
+        return max(busy, key=lambda lane: busy[lane])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values (the `--json` line)."""
-        wall = self.wall_s
+        wall, steady = self.wall_s, self.steady()
         return {
             "rows": self.done + self.resumed,
             "ok": self.done + self.resumed - self.error_rows,
@@ -90,9 +200,19 @@ class Report:
             "rows_per_s": round(self.done / wall, 2) if wall else None,
             "first_result_s": None if self.first_result_s is None else round(self.first_result_s, 3),
             "seconds": {s: round(self.seconds[s], 3) for s in STAGES if self.seconds[s]},
+            "busy": {lane: _rounded(stages) for lane, stages in self.shares().items()},
+            "cores_busy": round(self.cores_busy(), 3),
+            "steady_rows_per_s": None if steady is None else round(steady[0] / steady[1], 2),
+            "waited": {"input": round(self.seconds["wait"], 3), "writer": round(self.seconds["write_wait"], 3)},
             "num_workers": self.num_workers,
+            "cores": self.cores,
+            "device": self.device,
             "batches": self.batches,
             "oom_halvings": self.oom_halvings,
             "limited_by": self.limited_by(),
             "notes": self.notes,
         }
+
+
+def _rounded(shares: dict[str, float]) -> dict[str, float]:
+    return {stage: round(share, 3) for stage, share in shares.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ class Forward:
         self._collating = threading.Lock()
         self._good: Sample | None = None
         self._last: RowError | None = None
+        self._moved_s = getattr(runner, "transfer_s", 0.0)
         self.failures = 0
 
     def max_cost(self, longest: Sample) -> int:
@@ -93,7 +95,7 @@ class Forward:
         if cut(samples, self.max_cost(samples[0])) < len(samples):
             return Launched(samples)
         try:
-            with self._report.timed("forward"):
+            with self._timed():
                 return Launched(samples, self._runner.forward(batch))
         except MmcliError:
             raise
@@ -137,13 +139,25 @@ class Forward:
 
     def _fetch(self, launched: Launched) -> list[Output]:
         outputs = launched.outputs
-        with self._report.timed("forward"):
+        with self._timed():
             rows = outputs.result() if launched.pending else outputs
         launched.outputs = None
         if len(rows) != len(launched.samples):
             raise ModelError(f"the model gave {len(rows)} outputs for {len(launched.samples)} inputs")
         self._report.batches += 1
         return list(rows)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """The seconds of the block are those of the forward pass, less what the runner says that copying took."""
+        moved = self._moved_s
+        try:
+            with self._report.timed("forward"):
+                yield
+        finally:
+            self._moved_s = getattr(self._runner, "transfer_s", 0.0)
+            self._report.add("transfer", self._moved_s - moved)
+            self._report.add("forward", moved - self._moved_s)
 
     def _failed(self, samples: Sequence[Sample], failure: RowError) -> list[Output]:
         if failure.code == "oom":

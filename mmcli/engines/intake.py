@@ -88,8 +88,7 @@ class Intake:
                 if self._closing.is_set():
                     return
                 if decoded.records:
-                    self._report.add("decode", decoded.decode_s)
-                    self._report.add("process", decoded.process_s)
+                    self._report.decoded(decoded.decode_s, decoded.process_s, decoded.cpu_s)
                     rows = zip(decoded.records, decoded.outcomes, strict=True)
                     self._arrive([Arrived(record, o, _nbytes(o)) for record, o in rows])
             self._arrived.put(None)
@@ -112,7 +111,8 @@ class Intake:
         for chunk in self._chunks():
             if self._closing.is_set():
                 return
-            ready, wanted = self._look_up(chunk)
+            with self._report.timed("read"):
+                ready, wanted = self._look_up(chunk)
             for direct, block in _split(ready, wanted, self._block_rows()):
                 with self._lock:
                     self._rows += len(direct) + len(block)
@@ -126,7 +126,11 @@ class Intake:
             yield from _live_chunks(records)
             return
         size = LOOKUP_ROWS if self._reuse is not None else self._block_rows()
-        while chunk := list(islice(records, size)):
+        while True:
+            with self._report.timed("read"):
+                chunk = list(islice(records, size))
+            if not chunk:
+                return
             yield chunk
 
     def _block_rows(self) -> int:

@@ -125,12 +125,12 @@ def run(work: Work, options: LocalOptions) -> None:
     Raises ErrorBudgetExceeded, Stopped, TryAgain (time limit), ModelError or OutputError; in each case the
     rows that were complete are committed, except those that a failing model may have turned into errors.
     """
-    with _tuned():
+    with tuned():
         _Run(work, options).run()
 
 
 @contextmanager
-def _tuned() -> Iterator[None]:
+def tuned() -> Iterator[None]:
     """Settings of the interpreter for many small objects in several threads, while the block runs."""
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     # The main thread feeds the device: with the usual 5 ms it would wait that long for the lock each time.
@@ -181,6 +181,7 @@ class _Run:
     def run(self) -> None:
         work, report = self.work, self.report
         report.num_workers = work.decoder.num_workers
+        report.begin()
         self.intake.start()
         writer: PartWriter | None = None
         try:
@@ -196,6 +197,7 @@ class _Run:
             if writer is not None:
                 writer.close()
             self.intake.close()
+            report.end()
         self.options.budget.check(report)
 
     def _load(self) -> Runner:
@@ -207,6 +209,9 @@ class _Run:
             self._check_stop()
             raise
         self._check_stop()
+        # A fake model would import torch to say so.
+        device = getattr(runner, "device", None) if "torch" in sys.modules else None
+        self.report.device = None if device is None else str(device)
         return runner
 
     # -- collate thread ------------------------------------------------------------------------------------
@@ -214,7 +219,8 @@ class _Run:
     def _collate(self, forward: Forward) -> None:
         try:
             for rows, idle in self._windows():
-                window, slots = Window.of(rows)
+                with self.report.timed("collate"):
+                    window, slots = Window.of(rows)
                 waiting: list[Slot] = []
                 for batch in batches(slots, forward.max_cost):
                     # Of a window that an earlier run has begun: only batches that still matter.

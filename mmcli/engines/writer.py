@@ -96,7 +96,7 @@ class PartWriter:
             self._failure = failure
 
     def _add(self, window: Window) -> None:
-        with self._report.timed("write"):
+        with self._report.timed("post"):
             start_row = self._next_row + len(self._signatures)
             results = window.results(self._layout.task, start_row)
             self._results += results
@@ -115,8 +115,8 @@ class PartWriter:
         # Results are the last rows of their window.
         known = window.known[len(window.known) - len(results) :]
         report.reused += len([k for k in known if isinstance(k, Result)])
-        if report.first_result_s is None and results:
-            report.first_result_s = report.wall_s
+        if results:
+            report.first_result()
 
     def _tabulate(self) -> None:
         if self._results:

@@ -259,7 +259,8 @@ class DecodePool:
         if answer.block != block.number or len(answer.outcomes) != len(block.records):
             raise MmcliError(f"decode worker answered block {answer.block} instead of {block.number}")
         self._barren_deaths = 0
-        self._ready.append(Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s))
+        decoded = Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s, answer.cpu_s)
+        self._ready.append(decoded)
 
     def _bury(self, worker: _Worker) -> None:
         """A worker died: blame the record that it was busy with, give the rest of its blocks to a new one."""

@@ -80,12 +80,16 @@ class Cell:
 
 @dataclass(slots=True)
 class Answer:
-    """A worker's answer to one block: for each record one outcome per Sample, and the seconds that it took."""
+    """A worker's answer to one block: for each record one outcome per Sample, and the seconds that it took.
+
+    cpu_s  processor seconds of the worker since its last answer, the messages included
+    """
 
     block: int
     outcomes: list[tuple[Outcome, ...]]
     decode_s: float
     process_s: float
+    cpu_s: float = 0.0
 
 
 class BlockDecoder:
@@ -188,10 +192,14 @@ def _serve(decoder: BlockDecoder, sock: socket.socket, cell: Cell) -> None:
     # What the nursery made stays, shared with it, and rows make no cycles.
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
+    used = time.process_time()
     while True:
         try:
             number, records = transport.receive(sock)
-            transport.send(sock, decoder.block(number, records, cell))
+            answer = decoder.block(number, records, cell)
+            before, used = used, time.process_time()
+            answer.cpu_s = used - before
+            transport.send(sock, answer)
         except (EOFError, OSError):
             return
 

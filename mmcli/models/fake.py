@@ -5,6 +5,7 @@ For trying out a pipeline, and for tests of everything around a model. Its optio
     oom=N   more than N samples in a batch run out of memory
     ms=T    a batch takes T milliseconds
     load=T  loading takes T milliseconds
+    process=T  the processor takes T milliseconds for an input
     obey    texts `abort`, `segfault`, `exit`, `hang`, `raise` do that to the decoder; `nan` gives NaN,
             `fail` makes the model raise; `empty` gives a caption without text
 """
@@ -56,6 +57,7 @@ class FakePlan:
     oom: int | None = None
     ms: float = 0.0
     load_ms: float = 0.0
+    process_ms: float = 0.0
     obey: bool = False
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     activation: Literal["softmax", "sigmoid"] | None = "softmax"
@@ -65,7 +67,7 @@ class FakePlan:
         return {"id": f"{PREFIX}{self.embedding_size}", "family": "fake", "frames": self.decode.num_frames}
 
     def open_processor(self) -> Processor:
-        return FakeProcessor(self.embedding_size, self.obey)
+        return FakeProcessor(self.embedding_size, self.obey, self.process_ms)
 
     def load(self) -> Runner:
         time.sleep(self.load_ms / 1000)
@@ -97,7 +99,7 @@ class FakeWriterPlan:
 
     def open_processor(self) -> RecordProcessor:
         return FakeWriterProcessor(
-            FakeProcessor(self.fake.embedding_size, self.fake.obey), Prompts(self.generation)
+            FakeProcessor(self.fake.embedding_size, self.fake.obey, self.fake.process_ms), Prompts(self.generation)
         )
 
     def load(self) -> Runner:
@@ -111,9 +113,12 @@ class FakeProcessor:
 
     embedding_size: int
     obey: bool
+    process_ms: float = 0.0
 
     def __call__(self, modality: Modality, payload: Payload) -> Sample:
         """`vector`: float32 [D]. Length bucketing sees the length of texts and sounds."""
+        if self.process_ms:
+            time.sleep(self.process_ms / 1000)
         if self.obey and isinstance(payload, str):
             _obey(payload)
         length = len(payload) if isinstance(payload, str) else 0
@@ -267,8 +272,10 @@ def resolve_fake(options: ModelOptions) -> FakePlan:
             plan = replace(plan, ms=float(value))
         elif name == "load" and value.isascii() and value.isdigit():
             plan = replace(plan, load_ms=float(value))
+        elif name == "process" and value.isascii() and value.isdigit():
+            plan = replace(plan, process_ms=float(value))
         else:
-            raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, load=T, obey")
+            raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, load=T, process=T, obey")
     return plan
 
 

@@ -291,5 +291,5 @@ def test_the_report_knows_the_stages():
     run_engine(ListSource(texts(300)), Collected(), plan(ms=2), batch_size=16, report=report)
     seconds = report.to_dict()["seconds"]
     assert seconds["forward"] >= 19 * 0.002
-    assert {"decode", "process", "wait", "collate", "forward", "write"} <= seconds.keys()
+    assert {"read", "process", "collate", "forward", "post", "write"} <= seconds.keys()
     assert report.batches == 19

@@ -1,0 +1,225 @@
+"""What decoding alone and the model alone reach over the same inputs: no run over them can be faster."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mmcli.core.errors import RowError
+from mmcli.core.protocols import Decoder, Runner, Snapshot, Source
+from mmcli.core.records import Record, Result, Sample
+from mmcli.core.report import Report
+from mmcli.engines.batching import WINDOW_BYTES, Arrived, Window, batches
+from mmcli.engines.forward import Collated, Forward, Launched
+from mmcli.engines.intake import BLOCK_ROWS, Intake
+
+# Batches that are made ready, before the clock runs, and computed one behind the other.
+READY = 8
+# The share of a measurement's time that is spent on warming up.
+WARM_UP = 0.25
+# Decoded rows that are kept for the model, in windows.
+KEPT_WINDOWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What was measured. `cpu_s`: processor seconds of all processes."""
+
+    rows: float
+    seconds: float
+    cpu_s: float
+
+    @property
+    def per_s(self) -> float:
+        """Rows a second."""
+        return self.rows / max(self.seconds, 1e-9)
+
+    @property
+    def cpu_per_row(self) -> float:
+        """Processor seconds of one row."""
+        return self.cpu_s / max(self.rows, 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What decoding and the model reach, each alone on `cores` cores."""
+
+    decode: Rate
+    model: Rate
+    cores: int
+
+    @property
+    def slower(self) -> float:
+        """Rows a second of the slower of the two."""
+        return min(self.decode.per_s, self.model.per_s)
+
+    @property
+    def shared(self) -> float:
+        """Rows a second of both at once, when they use the same cores.
+
+        A row takes the processor time of both, and there are `cores` seconds of it in a second. Where each alone
+        keeps all cores busy that is 1 / (1 / decode + 1 / model); where the model is on a GPU, hardly less than
+        `decode`.
+        """
+        return self.cores / max(self.decode.cpu_per_row + self.model.cpu_per_row, 1e-12)
+
+    @property
+    def highest(self) -> float:
+        """Rows a second that a run can reach."""
+        return min(self.slower, self.shared)
+
+    @property
+    def limit(self) -> str:
+        """ "decode" or "model": the slower one; where the cores are too few for both, what takes more of them."""
+        if self.shared < self.slower:
+            return "decode" if self.decode.cpu_per_row > self.model.cpu_per_row else "model"
+        return "decode" if self.decode.per_s < self.model.per_s else "model"
+
+
+class RepeatedSource:
+    """The rows of a source, over and over: `rows` of them, or as many as come before `seconds` are over.
+
+    Rows are numbered on; ids come again. The clock starts with the first row.
+    """
+
+    def __init__(self, source: Source, rows: int | None = None, seconds: float | None = None) -> None:
+        self.slots, self.keep = source.slots, source.keep
+        self._source, self._rows, self._seconds = source, rows, seconds
+
+    def snapshot(self, folder: Path) -> Snapshot:
+        """That of the source, with the number of rows that will come."""
+        return replace(self._source.snapshot(folder), rows=self._rows)  # type: ignore[type-var]
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Records from row `start` on."""
+        end = None if self._seconds is None else time.perf_counter() + self._seconds
+        for row, record in enumerate(self._endless()):
+            if row == self._rows or (end is not None and time.perf_counter() >= end):
+                return
+            record.row = row
+            if row >= start:
+                yield record
+
+    def _endless(self) -> Iterator[Record]:
+        while True:
+            yield from self._source.records()
+
+
+@dataclass(slots=True)
+class Decoding:
+    """How decoding went: its rate, the stages of all `rows` in `report`, errors, and the first rows decoded."""
+
+    rate: Rate
+    report: Report
+    rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    kept: list[Arrived] = field(default_factory=list)
+
+
+def measure_decoding(source: Source, decoder: Decoder, report: Report, keep: int) -> Decoding:
+    """Read and decode all of `source`, with nothing else at work; keeps the first `keep` decoded rows.
+
+    The clock runs from the first block of each worker on, and until the first worker has nothing left to do.
+    """
+    workers = max(1, decoder.num_workers)
+    intake = Intake(source, decoder, report, 0, max_rows=4 * workers * BLOCK_ROWS)
+    done = Decoding(Rate(0, 0, 0), report)
+    nbytes = 0
+    marks = [(0, time.perf_counter(), report.cpu_s)]
+    intake.start()
+    try:
+        while (arrived := _next(intake)) is not None:
+            done.rows += len(arrived)
+            marks.append((done.rows, time.perf_counter(), report.cpu_s))
+            intake.release(len(arrived), sum(row.nbytes for row in arrived))
+            done.errors.update(_errors(arrived))
+            good = [row for row in arrived if not _errors([row])]
+            if len(done.kept) < keep and nbytes < WINDOW_BYTES:
+                done.kept += good[: keep - len(done.kept)]
+                nbytes += sum(row.nbytes for row in good)
+    finally:
+        intake.close()
+    done.rate = _between(marks, workers)
+    return done
+
+
+def _next(intake: Intake) -> list[Arrived] | None:
+    while True:
+        try:
+            return intake.get(timeout=0.1)
+        except queue.Empty:
+            continue
+
+
+def _between(marks: Sequence[tuple[int, float, float]], workers: int) -> Rate:
+    """Without the start of the workers, and without the end, where they have less and less to do."""
+    if len(marks) > 4 * workers:
+        marks = marks[workers:-workers]
+    elif len(marks) > 2:
+        marks = marks[1:]
+    (first_rows, first, first_cpu), (last_rows, last, last_cpu) = marks[0], marks[-1]
+    return Rate(last_rows - first_rows, last - first, last_cpu - first_cpu)
+
+
+def _errors(rows: Sequence[Arrived]) -> Counter[str]:
+    """How many rows have each error: the first one of a row counts."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        outcomes = () if isinstance(row.outcomes, Result) else row.outcomes
+        error = next((o for o in outcomes if isinstance(o, RowError)), None)
+        if error is not None:
+            found[error.code] += 1
+    return found
+
+
+def measure_model(runner: Runner, rows: Sequence[Arrived], batch_size: int, window: int, seconds: float) -> Rate:
+    """The forward pass alone, over batches of `rows` as a run forms them, again and again for `seconds`.
+
+    Batches are made ready while the clock stands still, and a quarter of the time goes to warming up before. A
+    slow model takes longer: one batch to warm up, one to measure.
+    """
+    forward = Forward(runner, Report(), batch_size, known_to_work=True)
+    formed = [
+        batch for start in range(0, len(rows), window) for batch in _batches(rows[start : start + window], forward)
+    ]
+    warm = _computed(forward, formed, seconds * WARM_UP, group=1)
+    group = max(1, min(READY, int(warm.rows * seconds / max(warm.seconds, 1e-9) / max(1, len(formed[0])))))
+    found = _computed(forward, formed, seconds, group)
+    samples_per_row = sum(map(len, formed)) / len(rows)
+    return replace(found, rows=found.rows / samples_per_row)
+
+
+def _batches(rows: Sequence[Arrived], forward: Forward) -> list[list[Sample]]:
+    _, slots = Window.of(rows)
+    return [[slot.sample for slot in batch] for batch in batches(slots, forward.max_cost)]
+
+
+def _computed(forward: Forward, formed: Sequence[list[Sample]], seconds: float, group: int) -> Rate:
+    """Batches over and over until the clock shows `seconds`, `group` at a time; rows of the Rate are samples."""
+    samples, clock, cpu, at = 0, 0.0, 0.0, 0
+    while clock < seconds:
+        chosen = [formed[(at + i) % len(formed)] for i in range(group)]
+        at += group
+        ready = [forward.collate(batch) for batch in chosen]
+        start, used = time.perf_counter(), time.process_time()
+        _compute(forward, ready)
+        clock += time.perf_counter() - start
+        cpu += time.process_time() - used
+        samples += sum(map(len, chosen))
+    return Rate(samples, clock, cpu)
+
+
+def _compute(forward: Forward, ready: Sequence[Collated]) -> None:
+    """As the engine does: the next batch is started before the last one is waited for."""
+    in_work: Launched | None = None
+    for collated in ready:
+        launched = forward.launch(collated)
+        if in_work is not None:
+            forward.finish(in_work)
+        in_work = launched
+    if in_work is not None:
+        forward.finish(in_work)
