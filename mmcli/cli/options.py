@@ -607,7 +607,12 @@ class TrainingArguments:
     ] = False
     freeze: Annotated[
         list[str] | None,
-        _option(TRAINING, "--freeze", "PART", "Weights whose names begin so stay as they are. Repeatable."),
+        _option(
+            TRAINING,
+            "--freeze",
+            "PART",
+            "Keep as it is: the encoder of a modality (image, ...), or weights whose names begin so. Repeatable.",
+        ),
     ] = None
     balance: Annotated[
         bool, _option(TRAINING, "--balance", None, "Draw rows so that all classes come equally often.")

@@ -21,8 +21,9 @@ from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
 from mmcli.training.log import MetricsLog
 from mmcli.training.lora import Lora
 from mmcli.training.objective import Objective
-from mmcli.training.optimizer import MovingAverage, freeze, optimizer, rate
+from mmcli.training.optimizer import MovingAverage, optimizer, rate
 from mmcli.training.options import TrainOptions
+from mmcli.training.towers import freeze, parameter_counts
 
 CHECKPOINT, BEST, LAST = "checkpoint", "best", "last"
 # Steps between lines of the log; the first ones all stand there.
@@ -114,7 +115,7 @@ class Trainer:
         self._began = self._saved = time.monotonic()
         weights = class_weights([row.target for row in self.data.train.rows]) if self.options.balance else None
         self._batches = Batches(len(self.data.train), self.options.batch_size, self.options.seed, weights)
-        self.events.note(_counted(self._parts.model))
+        self.events.note(parameter_counts(self._parts.model))
         left = f", {self.steps - self.progress.step} left" if self.progress.step else ""
         self.events.note(
             f"{self.steps} steps of {self.options.batch_size} rows, {len(self._batches)} an epoch{left}"
@@ -137,7 +138,7 @@ class Trainer:
         if options.lora_rank is not None:
             self._lora = Lora(model, options.lora_rank, options.lora_alpha, new)
             new = self._lora.new
-        freeze(model, options.freeze)
+        self._frozen = freeze(model, options.freeze)
         self.objective.adapted(model)
         if self.options.gradient_checkpointing:
             _checkpoint_gradients(model)
@@ -176,6 +177,7 @@ class Trainer:
     def _step(self, pieces: list[Any]) -> None:
         parts, progress, options = self._parts, self.progress, self.options
         parts.model.train()
+        self._frozen.eval()
         share = rate(progress.step, self.steps, options)
         for group in parts.optimizer.param_groups:
             # What it is at the highest is kept in the group itself, and in its checkpoint.
@@ -318,21 +320,6 @@ class Trainer:
 
     def _epoch_share(self) -> float:
         return round(self.progress.step / max(1, len(self._batches)), 4)
-
-
-def _counted(model: nn.Module) -> str:
-    """How many parameters there are, and which parts of them learn."""
-    parts: dict[str, int] = {}
-    whole = 0
-    for name, parameter in model.named_parameters():
-        whole += parameter.numel()
-        if parameter.requires_grad:
-            # A tower of several is a part of its own.
-            first, _, rest = name.partition(".")
-            part = f"{first}.{rest.partition('.')[0]}" if first == "towers" else first
-            parts[part] = parts.get(part, 0) + parameter.numel()
-    shown = ", ".join(f"{part} {count:,}" for part, count in parts.items())
-    return f"{whole:,} parameters, {sum(parts.values()):,} learn: {shown}"
 
 
 def _between(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,22 +19,6 @@ _NORMS = (
 )  # fmt: skip
 # Parameters that are no weights of a layer: temperatures of contrastive losses.
 _SCALES = ("logit_scale", "logit_bias", "temperature")
-
-
-def freeze(model: nn.Module, beginnings: Iterable[str]) -> int:
-    """Keep parameters whose names begin so as they are; returns how many numbers. Raises ConfigError for none."""
-    frozen = 0
-    for beginning in beginnings:
-        found = [
-            p for name, p in model.named_parameters() if name.startswith(beginning) or f".{beginning}." in name
-        ]
-        if not found:
-            parts = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
-            raise ConfigError(f"--freeze {beginning}: the model has no such part; it has {', '.join(parts)}")
-        for parameter in found:
-            parameter.requires_grad_(False)
-            frozen += parameter.numel()
-    return frozen
 
 
 def not_decayed(model: nn.Module) -> frozenset[str]:

@@ -24,7 +24,7 @@ class TrainOptions:
     max_grad_norm  gradients are scaled down to this L2 norm; None: never
     label_smoothing  of classes (Szegedy et al. 2016)
     precision      of activations, by autocast; weights stay float32
-    freeze         beginnings of the names of weights that stay as they are
+    freeze         what stays as it is: modalities, whose towers are meant, or beginnings of names of weights
     ema            decay of an exponential moving average of the weights, which is what is evaluated and saved
     wise_ft        what is evaluated and saved lies so far on the straight line from the base's weights (0) to the
                    learned ones (1): more robust elsewhere (Wortsman et al. 2022, "Robust fine-tuning"); None: 1

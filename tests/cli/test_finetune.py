@@ -146,7 +146,7 @@ def test_rows_in_both_are_told(cli: Cli, data: tuple[Path, Path, Path], tmp_path
         (["--epochs", "0"], "--epochs '0' is not a number from 1 up"),
         (["--schedule", "cos"], "--schedule 'cos' is not one of cosine, linear, constant; did you mean cosine?"),
         (["--gradient-accumulation-steps", "64"], "--gradient-accumulation-steps 64: a batch has 6 rows"),
-        (["--freeze", "visual"], "--freeze visual: the model has no such part; it has vit, classifier"),
+        (["--freeze", "visual"], "--freeze visual: the model has no such part; it has image, vit, classifier"),
         (["--freeze", "vit,classifier"], "--freeze vit,classifier: nothing is left to learn"),
         (["--metric", "f1"], "--metric 'f1' is not one of accuracy, mean_per_class"),
         (["--dtype", "bfloat16"], "weights are float32 here: --precision bf16"),

@@ -27,8 +27,9 @@ from mmcli.core.errors import ConfigError, ExitCode, ModelError, Stopped
 from mmcli.core.records import Audio
 from mmcli.training.augment import AUGMENTS, crop, flip, noise
 from mmcli.training.data import Batches, Rows, class_weights, load
-from mmcli.training.optimizer import MovingAverage, freeze, groups, not_decayed, rate
+from mmcli.training.optimizer import MovingAverage, groups, not_decayed, rate
 from mmcli.training.options import TrainOptions
+from mmcli.training.towers import freeze
 
 
 def rows_of(kind: str, folder: Path, count: int) -> list[Any]:
@@ -293,7 +294,9 @@ def test_frozen_parts_stay(tmp_path: Path, pictures: tuple[Path, Path]) -> None:
         if f"vit.{name}" in after:
             assert torch.equal(after[f"vit.{name}"], tensor), name
     model = objective_of(base).build(torch.device("cpu"))
-    with pytest.raises(ConfigError, match="--freeze text: the model has no such part; it has vit, classifier"):
+    with pytest.raises(
+        ConfigError, match="--freeze text: the model has no such part; it has image, vit, classifier"
+    ):
         freeze(model, ["text"])
 
 
