@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmcli.cli import parse
+from mmcli.cli.contrastive import ContrastiveRecipe
+from mmcli.cli.encoders import open_encoders
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import (
     InputArguments,
@@ -24,11 +26,9 @@ from mmcli.cli.parse import Problems
 from mmcli.cli.support import label_of
 from mmcli.cli.writing import WRITING
 from mmcli.core.errors import ConfigError
-from mmcli.core.records import MODALITIES, Modality, Record
+from mmcli.core.records import Modality, Record
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mmcli.models.options import ModelOptions
     from mmcli.training.fusion import FusionNetwork
     from mmcli.training.objective import Objective
@@ -138,7 +138,6 @@ class ClassifyRecipe:
 
 def _fusion(given: Given, model: ModelOptions, train: Listed, names: Sequence[str]) -> FusionNetwork:
     """Of --encoder. Raises ConfigError with every problem."""
-    from mmcli.models.checkpoint import open_checkpoint
     from mmcli.training.fusion import FusionNetwork
 
     problems = Problems()
@@ -150,88 +149,14 @@ def _fusion(given: Given, model: ModelOptions, train: Listed, names: Sequence[st
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if width and heads and width % heads:
         problems.add(f"--hidden-size {width} is not a multiple of --fusion-heads {heads}")
-    encoders: dict[Any, Any] = {}
-    for text in given.training.encoder or ():
-        modality, _, name = text.partition("=")
-        if modality not in MODALITIES or not name:
-            problems.add(
-                f"--encoder {text!r}: give a modality and a model, such as image=google/vit-base-patch16-224"
-            )
-        elif modality in encoders:
-            problems.add(f"--encoder {text!r}: there is one of {modality} already")
-        else:
-            encoders[modality] = problems.collect(open_checkpoint, replace(model, model=name))
     slots = train.slots if train.slots != ("",) else (_modality(train) or "",)
-    for slot in slots:
-        if slot not in encoders:
-            problems.add(f"INPUT: rows have {slot or 'media of unknown kind'}, for which there is no --encoder")
-    for modality in encoders:
-        if modality not in slots:
-            problems.add(f"--encoder {modality}=...: rows have no {modality}; name its --{modality}-column")
+    encoders = open_encoders(given.training.encoder or (), model, slots, problems)
     problems.check()
     settings = {**sizes, "intermediate_size": 4 * (width or 1)}
     return FusionNetwork.of(encoders, model, names, given.training.from_config, settings)
 
 
-class ContrastiveRecipe:
-    """Of *contrastive*."""
-
-    labelled = False
-    metrics: tuple[str, ...] = ("r_at_1", "r_at_5", "r_at_10")
-
-    def columns(self, training: TrainingArguments) -> dict[str, str]:
-        """None."""
-        return {}
-
-    def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
-        """Two media in every row."""
-        for what, listed in (("INPUT", train), ("--val", val)):
-            if listed is not None and len(listed.slots) != 2:
-                problems.add(
-                    f"{what}: --objective contrastive learns which of two media belong together; name two columns "
-                    "of a manifest, such as --image-column image --text-column caption"
-                )
-
-    def make(
-        self, given: Given, model: ModelOptions, train: Listed, options: TrainOptions, metric: str
-    ) -> Objective:
-        """The dual encoder as it is."""
-        from mmcli.models.resolve import resolve
-        from mmcli.training.contrastive import Contrastive, check_base
-
-        plan: Any = resolve(model)
-        check_base(plan, train.slots)  # type: ignore[arg-type]
-        if options.label_smoothing or options.balance:
-            raise ConfigError(
-                "--label-smoothing and --balance are of labels, which --objective contrastive has not"
-            )
-        return Contrastive(plan, train.slots, measure_retrieval, given.training.from_config, metric=metric)  # type: ignore[arg-type]
-
-    def targets(self, listed: Listed, objective: Any) -> list[Any]:
-        """Rows with an equal medium belong together."""
-        from mmcli.training.contrastive import group_rows
-
-        return group_rows([record.media for record in listed.records])
-
-
 RECIPES: dict[str, Recipe] = {"classify": ClassifyRecipe(), "contrastive": ContrastiveRecipe(), **WRITING}
-
-
-def measure_retrieval(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """R@1, R@5 and R@10, the mean of both ways; median rank, the worse of both; and the modality gap.
-
-    As `mmcli eval` has them: hits of any that belongs to the query, ties against the model. The gap is the distance
-    between the means of unit vectors (Liang et al. 2022, "Mind the gap").
-    """
-    import numpy as np
-
-    from mmcli.evaluation.retrieval import CUTOFFS, Items, ranks
-
-    forward, backward = ranks(Items.of(a, groups), Items.of(b, groups))
-    found = {f"r_at_{k}": float((np.mean(forward <= k) + np.mean(backward <= k)) / 2) for k in CUTOFFS}
-    units = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in (a, b)]
-    gap = float(np.linalg.norm(units[0].mean(axis=0) - units[1].mean(axis=0)))
-    return {**found, "median_rank": float(max(np.median(forward), np.median(backward))), "modality_gap": gap}
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -264,7 +189,8 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, recipe: Recipe) 
         hidden=asked.hidden,
         follow_symlinks=asked.follow_symlinks,
         input_format=asked.input_format,
-        missing=bool(given.training.encoder),
+        # The two sides of a contrastive row are needed both.
+        missing=bool(given.training.encoder) and given.training.objective == "classify",
     )
     source = open_source(options)
     with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:

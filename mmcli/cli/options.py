@@ -594,7 +594,8 @@ class TrainingArguments:
             TRAINING,
             "--encoder",
             "MODALITY=MODEL",
-            "Join encoders by a transformer, instead of -m: text=BERT, image=..., audio=..., video=... Repeatable.",
+            "Instead of -m, join encoders: text=BERT, image=..., audio=..., video=... Repeatable. classify: any "
+            "number, by a transformer; contrastive: two, in a new shared space.",
         ),
     ] = None
     hidden_size: Annotated[
@@ -602,6 +603,21 @@ class TrainingArguments:
     ] = "512"
     fusion_layers: Annotated[str, _option(TRAINING, "--fusion-layers", "N", "With --encoder: its layers.")] = "6"
     fusion_heads: Annotated[str, _option(TRAINING, "--fusion-heads", "N", "With --encoder: its heads.")] = "8"
+    projection_size: Annotated[
+        str | None,
+        _option(
+            TRAINING, "--projection-size", "N", "contrastive with --encoder: numbers of a shared vector [512]."
+        ),
+    ] = None
+    loss: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            "--loss",
+            "NAME",
+            "contrastive with --encoder: clip (rows of a batch compete) or siglip (each pair alone) [clip].",
+        ),
+    ] = None
     from_config: Annotated[
         bool, _option(TRAINING, "--from-config", None, "Begin with random weights, of the base's architecture.")
     ] = False

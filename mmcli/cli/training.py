@@ -213,7 +213,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "augment": problems.collect(parse.choice, "--augment", training.augment, tuple(AUGMENTS)),
         "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
     }
-    if not training.encoder:
+    if not training.encoder or training.objective != "classify":
         _without_encoders(training.missing_policy, values, problems)
     return TrainOptions(**values) if len(problems.lines) == before else None
 
@@ -232,11 +232,13 @@ def _without_encoders(policy: str, values: dict[str, Any], problems: Problems) -
 
 
 def _described(given: Given, objective: Objective) -> dict[str, Any]:
-    """What identifies the encoders of a fusion, and what joins them."""
-    network = getattr(objective, "network", None)
-    encoders = getattr(network, "encoders", {})
-    sizes = (given.training.hidden_size, given.training.fusion_layers, given.training.fusion_heads)
+    """What identifies encoders that are joined, and what joins them."""
+    encoders = getattr(getattr(objective, "network", None), "encoders", {})
     described = {modality: checkpoint.describe() for modality, checkpoint in encoders.items()}
+    asked = given.training
+    sizes: tuple[str, ...] = (asked.hidden_size, asked.fusion_layers, asked.fusion_heads)
+    if objective.name == "contrastive":
+        sizes = (asked.projection_size or "", asked.loss or "")
     return {**described, "sizes": "-".join(sizes)} if described else {}
 
 
@@ -262,8 +264,8 @@ def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
     model, encoders = given.model, given.training.encoder
     if encoders and model.model:
         problems.add("-m and --encoder exclude one another: encoders are joined by a new model")
-    if encoders and given.training.objective != "classify":
-        problems.add(f"--encoder is for --objective classify, not {given.training.objective}")
+    if encoders and given.training.objective not in ("classify", "contrastive"):
+        problems.add(f"--encoder is for --objective classify and contrastive, not {given.training.objective}")
     if encoders:
         # The options of all encoders.
         model = replace(model, model=encoders[0].partition("=")[2] or ".")

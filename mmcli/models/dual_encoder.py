@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mmcli.models.runner import Conditioned, Loaded, Tower
 
 FAMILY = "dual encoder"
+# The model_class of two encoders that were joined here (mmcli.models.joined).
+JOINED = "MultimodalDualEncoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class DualEncoder:
     max_length   where texts are cut, when the text tower's own limit is not it
     num_frames   where it has the frames of a clip that a video tower takes
     first_token  it gives a vector per token, of which its contrastive loss takes the first
-    model_class  the transformers class; None: AutoModel's
+    model_class  the transformers class, or JOINED; None: AutoModel's
     scale        the parameter that scales logits: by its exponential, or "temperature" divides; None: it has none
     activation   of its logits, as it was trained
     conditioned  its texts' vectors depend on the clip that they are compared with
@@ -159,7 +161,12 @@ def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
 
 
 def model_class_of(row: DualEncoder) -> Any:
-    """The transformers class that loads it."""
+    """The class that loads it: transformers' or our own."""
+    if row.model_class == JOINED:
+        from mmcli.models.joined import MultimodalDualEncoder, register
+
+        register()
+        return MultimodalDualEncoder
     import transformers
 
     return getattr(transformers, row.model_class or "AutoModel")

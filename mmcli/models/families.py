@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from mmcli.core.errors import ConfigError
-from mmcli.models import captioner, chat, dual_encoder, encoder, speech, vqa
+from mmcli.models import captioner, chat, dual_encoder, encoder, joined_family, speech, vqa
 from mmcli.models.checkpoint import Checkpoint, open_checkpoint
 from mmcli.models.device import check_device, choose_dtype
 from mmcli.models.facts import OUTPUTS, POOLINGS
@@ -141,6 +141,8 @@ def plan_vectors(checkpoint: Checkpoint, options: ModelOptions, dtype: str) -> E
         from mmcli.models import sentence
 
         return sentence.plan(checkpoint, options, dtype)
+    if joined_family.find(checkpoint):
+        return joined_family.plan(checkpoint, options, dtype)
     content = checkpoint.json("config.json")
     kind = str(content.get("model_type"))
     for architecture in content.get("architectures") or ():

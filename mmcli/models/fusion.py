@@ -85,7 +85,7 @@ class MultimodalConfig(PreTrainedConfig):  # type: ignore[misc]
         self.dropout, self.max_tokens = dropout, max_tokens
         self.freeze_batch_norm = freeze_batch_norm
         self.initializer_range = initializer_range
-        encoders = {name: _as_config(settings.pop(name, None)) for name in self.sub_configs}
+        encoders = {name: as_config(settings.pop(name, None)) for name in self.sub_configs}
         super().__init__(**settings)
         # Behind, since it resets how they compute attention, with which masks would be ignored.
         for name, encoder in encoders.items():
@@ -98,7 +98,7 @@ class MultimodalConfig(PreTrainedConfig):  # type: ignore[misc]
         return getattr(self, f"{modality}_config")
 
 
-def _as_config(given: Any) -> Any:
+def as_config(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     settings = dict(given)
@@ -139,7 +139,7 @@ class Tower(nn.Module):
         settings = config.encoder(modality)
         row = ENCODERS.get(settings.model_type)
         self._image, self._most = modality == "image", config.max_tokens
-        self._prefix = _prefix(settings, row)
+        self._prefix = prefix_tokens(settings, row)
         self._alone = _reads_padding(settings, row)
         self._accepted = set(inspect.signature(encoder.forward).parameters)
         # V-JEPA 2 predicts hidden patches beside, which nothing here reads.
@@ -150,7 +150,7 @@ class Tower(nn.Module):
     def freeze_unused(self) -> None:
         """Parameters that tokens do not depend on take no gradient."""
         for name, parameter in self.encoder.named_parameters():
-            if _is_unused(name, self._kind):
+            if is_unused(name, self._kind):
                 parameter.requires_grad_(False)
 
     def forward(self, inputs: dict[str, torch.Tensor], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,12 +277,12 @@ def _blank(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _is_unused(name: str, kind: str) -> bool:
+def is_unused(name: str, kind: str) -> bool:
     """Whether an encoder's parameter is none that its tokens depend on."""
     return not set(name.split(".")).isdisjoint(_UNUSED) or name.startswith(_UNUSED_OF_TYPE.get(kind, "\0"))
 
 
-def _prefix(settings: Any, row: Encoder | None) -> int:
+def prefix_tokens(settings: Any, row: Encoder | None) -> int:
     """Tokens before those of patches."""
     if row is None:
         return 0
@@ -311,7 +311,7 @@ class MultimodalTransformer(PreTrainedModel):  # type: ignore[misc]
         """`encoders`: loaded ones; without them they have random weights."""
         super().__init__(config)
         made = encoders or {
-            m: _encoder_class(config.encoder(m))._from_config(config.encoder(m)) for m in config.modalities
+            m: encoder_class(config.encoder(m))._from_config(config.encoder(m)) for m in config.modalities
         }
         self.towers = nn.ModuleDict({m: Tower(m, config, made[m]) for m in config.modalities})
         self.cls = nn.Parameter(torch.zeros(config.hidden_size))
@@ -479,13 +479,30 @@ def load_encoder(
     checkpoint: Checkpoint, modality: Modality, weights: bool = True, attn_implementation: str | None = None
 ) -> Any:
     """A checkpoint's encoder of a modality, float32, on the host. Raises ModelError, ConfigError."""
+    encoder, missing = open_encoder(checkpoint, modality, weights, attn_implementation)
+    kind = encoder.config.model_type
+    check_complete(checkpoint, modality, [name for name in missing if not is_unused(name, kind)])
+    return encoder
+
+
+def check_complete(checkpoint: Checkpoint, modality: Modality, missing: Sequence[str]) -> None:
+    """Raise ModelError when weights that are needed are `missing`: they would be random numbers."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"-m {checkpoint.id}: it lacks weights of its {modality} encoder ({missing[0]}{more})")
+
+
+def open_encoder(
+    checkpoint: Checkpoint, modality: Modality, weights: bool = True, attn_implementation: str | None = None
+) -> tuple[Any, list[str]]:
+    """As `load_encoder`, and the names of weights that the checkpoint lacks."""
     settings = tower_config(checkpoint, modality)
     for name, value in _STEADY.items():
         if hasattr(settings, name):
             setattr(settings, name, value)
-    model_class = _encoder_class(settings)
+    model_class = encoder_class(settings)
     if not weights:
-        return model_class._from_config(settings, attn_implementation=attn_implementation)
+        return model_class._from_config(settings, attn_implementation=attn_implementation), []
     checkpoint.fetch_weights()
     disable_progress_bar()
     verbosity = get_verbosity()
@@ -504,13 +521,9 @@ def load_encoder(
         raise ModelError(f"-m {checkpoint.id}: cannot load it: {one_line(str(error))}") from error
     finally:
         set_verbosity(verbosity)
-    missing = [name for name in sorted(info["missing_keys"]) if not _is_unused(name, settings.model_type)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"-m {checkpoint.id}: it lacks weights of its {modality} encoder ({missing[0]}{more})")
     # Where it was is no concern of who loads the model.
     encoder.config._name_or_path = ""
-    return encoder
+    return encoder, sorted(info["missing_keys"])
 
 
 def token_size(settings: Any) -> int:
@@ -521,14 +534,14 @@ def token_size(settings: Any) -> int:
     if row is not None and row.size is None:
         # Of a picture, on torch's meta device, which holds no weights.
         with torch.device("meta"), torch.inference_mode():
-            model = _encoder_class(settings)._from_config(settings).eval()
+            model = encoder_class(settings)._from_config(settings).eval()
             return int(model(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state.shape[1])
     name, _, index = (row.size if row is not None and row.size else "hidden_size").partition(".")
     size = getattr(settings, name)
     return int(size[int(index)] if index else size)
 
 
-def _encoder_class(settings: Any) -> Any:
+def encoder_class(settings: Any) -> Any:
     """The transformers class of an encoder. Raises ConfigError."""
     import transformers
 

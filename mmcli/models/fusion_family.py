@@ -153,6 +153,11 @@ def save_fusion(model: MultimodalTransformer, sources: Mapping[Modality, Checkpo
 
     disable_progress_bar()
     model.save_pretrained(folder)
+    copy_encoder_files(sources, folder)
+
+
+def copy_encoder_files(sources: Mapping[Modality, Checkpoint], folder: Path) -> None:
+    """How each encoder takes inputs, in a folder of its own."""
     for modality, checkpoint in sources.items():
         own = folder / modality
         own.mkdir(exist_ok=True)

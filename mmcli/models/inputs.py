@@ -15,6 +15,8 @@ from mmcli.models.plan import AudioSpec, Inputs, TextSpec
 if TYPE_CHECKING:
     import torch
 
+    from mmcli.models.fusion_inputs import Part
+
 # Extractors of long sounds draw a random window (CLAP). One seed for every sound, so that a row does not depend
 # on the rows before it.
 AUDIO_SEED = 0
@@ -46,6 +48,19 @@ class InputProcessor:
     def __call__(self, modality: Modality, payload: Payload) -> Sample:
         """Raises RowError for an input that the model cannot take."""
         return self._processors[modality](payload)
+
+
+class PartsProcessor:
+    """See mmcli.core.protocols.Processor; of a model whose modalities have processors of several checkpoints."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._processors: dict[Modality, InputProcessor] = {}
+        for part in parts:
+            self._processors |= dict.fromkeys(part.inputs.modalities, InputProcessor(part.checkpoint, part.inputs))
+
+    def __call__(self, modality: Modality, payload: Payload) -> Sample:
+        """Raises RowError for an input that the model cannot take."""
+        return self._processors[modality](modality, payload)
 
 
 class TextProcessor:

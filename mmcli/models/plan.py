@@ -15,6 +15,7 @@ from mmcli.models.options import Generation, Ranking
 
 if TYPE_CHECKING:
     from mmcli.models.center import Center
+    from mmcli.models.fusion_inputs import Part
 
 # What the outputs of a model that writes are: see GenerationPlan.
 Output = Literal["text", "json", "scores", "speech"]
@@ -101,6 +102,10 @@ class CheckpointPlan:
     def modalities(self) -> frozenset[Modality]:
         return self.inputs.modalities
 
+    def processor_of(self, modality: Modality) -> Checkpoint:
+        """The checkpoint whose tokenizer or processor makes inputs of a modality."""
+        return self.checkpoint
+
     def describe_model(self) -> dict[str, Any]:
         """The checkpoint, and every setting that changes what any model gives."""
         return {
@@ -124,6 +129,7 @@ class EmbeddingPlan(CheckpointPlan):
     normalize   divide vectors by their L2 norm
     activation  of the logits that cosines of its vectors make; None: its vectors are of no shared space
     center      what is subtracted from unit vectors, before they are normalised again; None: nothing
+    parts       whose processor makes inputs of which modalities, where they are of several checkpoints
     """
 
     embedding_size: int
@@ -131,6 +137,7 @@ class EmbeddingPlan(CheckpointPlan):
     normalize: bool
     activation: Literal["softmax", "sigmoid"] | None = None
     center: Center | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -143,10 +150,14 @@ class EmbeddingPlan(CheckpointPlan):
         described = {**self.describe_model(), "pooling": self.pooling, "normalized": self.normalize}
         return described if self.center is None else {**described, "center": self.center.digest}
 
-    def open_processor(self) -> Processor:
-        from mmcli.models.inputs import InputProcessor
+    def processor_of(self, modality: Modality) -> Checkpoint:
+        """See CheckpointPlan."""
+        return next((p.checkpoint for p in self.parts if modality in p.inputs.modalities), self.checkpoint)
 
-        return InputProcessor(self.checkpoint, self.inputs)
+    def open_processor(self) -> Processor:
+        from mmcli.models.inputs import InputProcessor, PartsProcessor
+
+        return PartsProcessor(self.parts) if self.parts else InputProcessor(self.checkpoint, self.inputs)
 
     def load(self) -> Runner:
         """Load the weights. Raises ModelError."""

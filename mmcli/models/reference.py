@@ -35,6 +35,11 @@ model gives them. Types that take images take video too: `--frames` frames, unif
 their vectors. `--pooling` is not for them. A modality whose tokenizer or `preprocessor_config.json` is not
 there is left out.
 
+`mmcli finetune --objective contrastive --encoder image=... --encoder text=...` joins any two of the types under
+*Encoders*, or one side of a {towers}, of two modalities, into a new one. Of text and pictures it is a
+`vision-text-dual-encoder`, as transformers has it, where both encoders have a pooler; else (other modalities, other
+poolings, `--loss siglip`) a model of our own, whose directory has a folder for each encoder with its processor.
+
 | model_type | takes |
 | --- | --- |
 """
@@ -141,7 +146,8 @@ def reference() -> str:
         hypothesis=HYPOTHESES[0],
         towers=" or ".join(sorted(TOWERS)),
     )
-    pages = (_DUAL, duals), (_ENCODER, encoders), (_WRITERS, _writers())
+    dual = _DUAL.format(towers=" or ".join(sorted(TOWERS)))
+    pages = (dual, duals), (_ENCODER, encoders), (_WRITERS, _writers())
     return _HEAD + "".join(head + "\n".join(lines) + "\n" for head, lines in pages) + sentence + classify
 
 

@@ -261,13 +261,13 @@ def _text_fill(plan: CheckpointPlan) -> dict[str, int]:
     """With what shorter texts are filled up; with 0 where nothing is said."""
     if plan.inputs.text is None:
         return {}
-    tokenizer = open_tokenizer(plan.checkpoint)
+    tokenizer = open_tokenizer(plan.processor_of("text"))
     return {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
 
 
 def _normalization(plan: CheckpointPlan) -> Normalize | None:
     try:
-        return Normalize.of(open_image_processor(plan.checkpoint))
+        return Normalize.of(open_image_processor(plan.processor_of("image")))
     except (AttributeError, TypeError):
         # A processor of its own kind: the workers send what it gives, already normalised.
         return None

@@ -45,7 +45,7 @@ def text_processor(plan: Any) -> Callable[[str], Sample]:
     from mmcli.models.inputs import TextProcessor, open_tokenizer
 
     assert plan.inputs.text is not None
-    return TextProcessor(open_tokenizer(plan.checkpoint), plan.inputs.text)
+    return TextProcessor(open_tokenizer(plan.processor_of("text")), plan.inputs.text)
 
 
 def check_distinct(plan: Any, labels: Sequence[str], prompts: Sequence[Sequence[str]]) -> None:

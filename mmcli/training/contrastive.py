@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from mmcli.core.errors import ConfigError, ModelError, one_line
 from mmcli.core.records import Media, Modality, Sample
 from mmcli.models.dual_encoder import DualEncoder, model_class_of, towers_of
+from mmcli.models.fusion_family import copy_encoder_files
 from mmcli.models.plan import EmbeddingPlan
 from mmcli.models.runner import Batch, Collator, Loaded
 from mmcli.training.classify import copy_processor
@@ -68,26 +69,37 @@ def joined(found: Sequence[list[Measured]]) -> tuple[np.ndarray, np.ndarray, np.
     return a.numpy(), b.numpy(), groups.numpy(), sum(piece.loss for piece in pieces) / len(groups)
 
 
-@dataclass(slots=True)
-class Contrastive:
-    """See mmcli.training.objective.Objective.
+class Network(Protocol):
+    """What vectors are made by.
 
-    The loss is the model's own: CLIP's, CLAP's with a scale for each way, SigLIP's of pairs; exact in pieces by
-    GradCache. `measure` gives the metrics of validation vectors.
+    plan  what decodes and processes rows, and which loss there is: its detail is a DualEncoder
     """
 
-    plan: EmbeddingPlan
-    slots: tuple[Modality, Modality]
-    measure: Measure
-    from_config: bool = False
-    name: str = "contrastive"
-    metric: str = "r_at_1"
-    _host: Collator | None = field(default=None, init=False)
-    _device: Collator | None = field(default=None, init=False)
-    _towers: Loaded | None = field(default=None, init=False)
+    @property
+    def plan(self) -> EmbeddingPlan: ...
 
-    def build(self, device: torch.device) -> nn.Module:
-        """The dual encoder. Raises ModelError."""
+    def build(self, device: torch.device) -> tuple[Any, frozenset[str]]:
+        """The model, which `towers_of` knows, and the names of its new parameters. Raises ModelError."""
+        ...
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what `-m folder` loads."""
+        ...
+
+    def of(self, folder: Path) -> Network:
+        """That of the model that `save` wrote into a folder."""
+        ...
+
+
+@dataclass(slots=True)
+class CheckpointNetwork:
+    """See Network; a dual encoder as it is. `from_config`: with random weights."""
+
+    plan: EmbeddingPlan
+    from_config: bool = False
+
+    def build(self, device: torch.device) -> tuple[Any, frozenset[str]]:
+        """Nothing in it is new."""
         from transformers import AutoConfig
         from transformers.utils.logging import disable_progress_bar
 
@@ -110,19 +122,57 @@ class Contrastive:
                 )
         except Exception as error:
             raise ModelError(f"-m {checkpoint.id}: cannot load it: {one_line(str(error))}") from error
-        self._device = Collator(plan, device)
-        model = model.to(device)
-        self._towers = towers_of(model, plan)
+        return model.to(device), frozenset()
+
+    def save(self, model: Any, folder: Path) -> None:
+        """As save_pretrained does, with the base's processor files beside it."""
+        model.save_pretrained(folder)
+        copy_processor(self.plan.checkpoint, folder)
+        copy_encoder_files({part.modality: part.checkpoint for part in self.plan.parts}, folder)
+
+    def of(self, folder: Path) -> CheckpointNetwork:
+        """See Network."""
+        checkpoint = replace(self.plan.checkpoint, id=str(folder), directory=folder, revision=None, folders=())
+        return CheckpointNetwork(replace(self.plan, checkpoint=checkpoint))
+
+
+@dataclass(slots=True)
+class Contrastive:
+    """See mmcli.training.objective.Objective.
+
+    The loss is the model's own: CLIP's, CLAP's with a scale for each way, SigLIP's of pairs; exact in pieces by
+    GradCache. `measure` gives the metrics of validation vectors.
+    """
+
+    network: Network
+    slots: tuple[Modality, Modality]
+    measure: Measure
+    name: str = "contrastive"
+    metric: str = "r_at_1"
+    _new: frozenset[str] = field(default=frozenset(), init=False)
+    _host: Collator | None = field(default=None, init=False)
+    _device: Collator | None = field(default=None, init=False)
+    _towers: Loaded | None = field(default=None, init=False)
+
+    @property
+    def plan(self) -> EmbeddingPlan:
+        """The network's."""
+        return self.network.plan
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The network's model. Raises ModelError."""
+        model, self._new = self.network.build(device)
+        self._device = Collator(self.plan, device)
+        self._towers = towers_of(model, self.plan)
         return model  # type: ignore[no-any-return]
 
     def of(self, folder: Path) -> Contrastive:
         """The same objective of the model that `save` wrote into a folder."""
-        checkpoint = replace(self.plan.checkpoint, id=str(folder), directory=folder, revision=None, folders=())
-        return replace(self, plan=replace(self.plan, checkpoint=checkpoint), from_config=False)
+        return replace(self, network=self.network.of(folder))
 
     def new_weights(self) -> frozenset[str]:
-        """None: all are the checkpoint's."""
-        return frozenset()
+        """The projections of encoders that are joined."""
+        return self._new
 
     def adapted(self, model: nn.Module) -> None:
         """The temperature learns whatever is frozen: else adapters would be compared at the old one."""
@@ -205,9 +255,8 @@ class Contrastive:
         return joined([self.predict(model, pieces) for pieces in batches])
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """As save_pretrained does, with the base's processor files beside it."""
-        model.save_pretrained(folder)  # type: ignore[operator]
-        copy_processor(self.plan.checkpoint, folder)
+        """What `-m folder` loads."""
+        self.network.save(model, folder)
 
 
 def check_base(plan: Any, slots: Sequence[Modality]) -> None:

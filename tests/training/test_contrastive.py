@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_runs import sound_rows, still, trainer_of
 
-from mmcli.cli.objectives import measure_retrieval
+from mmcli.cli.contrastive import measure_retrieval
 from mmcli.core.errors import Stopped
 from mmcli.core.records import Media
 from mmcli.models.options import ModelOptions
 from mmcli.models.resolve import resolve
-from mmcli.training.contrastive import Contrastive, group_rows
+from mmcli.training.contrastive import CheckpointNetwork, Contrastive, group_rows
 from mmcli.training.data import Batches, Row, Rows, load
 from mmcli.training.options import TrainOptions
 
@@ -51,12 +51,13 @@ def sound_pairs(folder: Path, count: int) -> list[Row]:
 
 def objective_of(base: Path, slots: Any = ("image", "text")) -> Contrastive:
     plan: Any = resolve(ModelOptions(str(base), device="cpu"))
-    return Contrastive(plan, slots, measure_retrieval)
+    return Contrastive(CheckpointNetwork(plan), slots, measure_retrieval)
 
 
 def gradients(objective: Contrastive, rows: Sequence[Row], pieces: int) -> tuple[dict[str, torch.Tensor], float]:
     torch.manual_seed(0)
-    objective.plan = replace(objective.plan, dtype="float64")
+    network: Any = objective.network
+    network.plan = replace(network.plan, dtype="float64")
     model = objective.build(torch.device("cpu")).double().train()
 
     def collate(items: Any) -> Any:
