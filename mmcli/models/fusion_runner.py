@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ class FusionCollator(Collator):
     def __init__(self, plan: CheckpointPlan, device: torch.device, whole: bool = False) -> None:
         self.device = device
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._moved_s, self._moving = 0.0, deque()
         parts: tuple[Part, ...] = plan.detail
         self._pads: dict[str, int] = {}
         self._pictures: Normalize | None = None
