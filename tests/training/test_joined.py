@@ -336,6 +336,26 @@ def test_adapters_and_new_projections_learn_and_nothing_else(tmp_path: Path) -> 
     assert any("attention" in name for name in learned)
 
 
+@pytest.mark.parametrize("text", ["bert", "distilbert"])
+def test_a_locked_image_tower(tmp_path: Path, text: str) -> None:
+    """`--freeze image` (LiT, Zhai et al. 2022): its projection learns, and the other tower; it does not."""
+    folders = encoders(tmp_path, image="vit", text=text)
+    rows = pair_rows(tmp_path / "images", 12)
+    run = trainer_of(tmp_path / "run", objective_of(folders), rows, rows, replace(OPTIONS, freeze=("image",)))  # type: ignore[arg-type]
+    run.train()
+    found = load_file(tmp_path / "run" / "last" / "model.safetensors")
+    base = {modality: load_file(folder / "model.safetensors") for modality, folder in folders.items()}
+    named = (
+        ("vision_model.", "text_model.") if text == "bert" else ("towers.image.encoder.", "towers.text.encoder.")
+    )
+    pairs = dict(zip(("image", "text"), named, strict=True))
+    same = {
+        modality: all(torch.equal(found[f"{prefix}{name}"], base[modality][name]) for name in base[modality])
+        for modality, prefix in pairs.items()
+    }
+    assert same == {"image": True, "text": False}
+
+
 def manifest(path: Path, rows: Sequence[Row]) -> Path:
     lines = [{one.modality: one.file or one.text for one in row.media} for row in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
