@@ -737,6 +737,15 @@ class OptimizationArguments:
             "Measure and save weights so far from the base's (0) to the learned ones (1): robust elsewhere.",
         ),
     ] = None
+    average_best: Annotated[
+        str | None,
+        _option(
+            OPTIMIZATION,
+            "--average-best",
+            "N",
+            "At the end, average the weights of the N best evaluations; that is the best, if it is better.",
+        ),
+    ] = None
     early_stopping: Annotated[
         str | None,
         _option(OPTIMIZATION, "--early-stopping", "N", "Stop after N evaluations without a better metric."),

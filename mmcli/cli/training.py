@@ -180,6 +180,8 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
     pieces = problems.collect(parse.number, "--gradient-accumulation-steps", asked.gradient_accumulation_steps, 1)
     if asked.lora_alpha is not None and asked.lora_rank is None:
         problems.add("--lora-alpha goes with --lora-rank N")
+    if asked.lora_rank is not None and asked.average_best is not None:
+        problems.add("--average-best is of whole weights, not of --lora-rank; leave one of them out")
     if asked.precision == "fp16" and given.model.device == "cpu":
         problems.add("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     if batch_size is not None and pieces is not None and pieces > batch_size:
@@ -205,6 +207,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "modality_dropout": problems.collect(parse.share, "--modality-dropout", asked.modality_dropout),
         "unimodal_loss": problems.collect(parse.decimal, "--unimodal-loss", asked.unimodal_loss),
         "wise_ft": _optional(problems, parse.share, "--wise-ft", asked.wise_ft),
+        "average_best": _optional(problems, parse.number, "--average-best", asked.average_best, 2),
         "patience": _optional(problems, parse.number, "--early-stopping", asked.early_stopping, 1),
         "eval_steps": _optional(problems, parse.number, "--eval-steps", asked.eval_steps, 1),
         "balance": training.balance,
@@ -334,10 +337,10 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
     _finish(command, trainer, reached)
     if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
         messages.note("no curves.png: pip install 'mmcli[finetune]'")
-    messages.note(
-        f"{command.run}/best: {command.objective.metric} {reached.best:.4f} at step {reached.best_step} of "
-        f"{reached.step}"
-    )
+    where = f"at step {reached.best_step}"
+    if reached.averaged:
+        where = f"by the average of steps {', '.join(map(str, sorted(reached.averaged)))}"
+    messages.note(f"{command.run}/best: {command.objective.metric} {reached.best:.4f} {where} of {reached.step}")
 
 
 def _diagnose(command: Command, trainer: Trainer, messages: Messages) -> None:
@@ -383,6 +386,8 @@ def _diagnose_space(command: Command, trainer: Trainer, objective: Contrastive) 
 
 
 def _finish(command: Command, trainer: Trainer, progress: Any) -> None:
+    from mmcli.training.loop import CHECKPOINT, EVALUATED
+
     told = {
         "job": command.job.to_dict(),
         "mmcli_version": __version__,
@@ -390,11 +395,13 @@ def _finish(command: Command, trainer: Trainer, progress: Any) -> None:
         "metric": command.objective.metric,
         "best": progress.best,
         "best_step": progress.best_step,
+        "averaged_steps": progress.averaged or None,
         "steps": progress.step,
     }
     write_json(command.run / RUN_FILE, told)
     with output_errors(command.run):
-        remove(command.run / "checkpoint")
+        for name in (CHECKPOINT, EVALUATED):
+            remove(command.run / name)
 
 
 def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list[Row], list[Row]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Progress:
     best       the best value of the metric, and the step that it was measured at
     worse      evaluations since then
     evaluated  the step of the last evaluation
+    kept       the best evaluations, whose weights are kept: (value of the metric, step), the best first
+    averaged   the steps whose weights' average is the best; empty: it is that of a single step
     """
 
     step: int = 0
@@ -35,6 +37,8 @@ class Progress:
     best_step: int = 0
     worse: int = 0
     evaluated: int = -1
+    kept: list[tuple[float, int]] = field(default_factory=list)
+    averaged: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

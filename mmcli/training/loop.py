@@ -23,9 +23,10 @@ from mmcli.training.lora import Lora
 from mmcli.training.objective import Objective
 from mmcli.training.optimizer import MovingAverage, optimizer, rate
 from mmcli.training.options import TrainOptions
+from mmcli.training.soup import Soup
 from mmcli.training.towers import freeze, parameter_counts
 
-CHECKPOINT, BEST, LAST = "checkpoint", "best", "last"
+CHECKPOINT, BEST, LAST, EVALUATED = "checkpoint", "best", "last", "evaluated"
 # Steps between lines of the log; the first ones all stand there.
 LOG_STEPS = 10
 
@@ -159,6 +160,7 @@ class Trainer:
         if self.progress.evaluated != self.progress.step:
             self._evaluate()
         self._save(LAST)
+        self._average_best()
 
     def _epoch(self) -> None:
         """The steps of an epoch that are left."""
@@ -245,11 +247,7 @@ class Trainer:
     def _evaluate(self) -> None:
         progress, name = self.progress, self.objective.metric
         with self._averaged():
-            self._parts.model.eval()
-            with torch.inference_mode():
-                found = self.objective.measured(
-                    [self.objective.predict(self._parts.model, pieces) for pieces in self.validation_batches()]
-                )
+            found = self._measured()
             value = found[name]
             progress.evaluated = progress.step
             self._tell(**{f"val_{key}": number for key, number in found.items()})
@@ -258,7 +256,54 @@ class Trainer:
                 self._save_model(BEST)
             else:
                 progress.worse += 1
+            self._keep(value)
         self._checkpoint()
+        if self._soup is not None:
+            self._soup.tidy(progress.kept)
+
+    def _measured(self) -> dict[str, float]:
+        """The metrics of the model as it is, of all validation rows."""
+        self._parts.model.eval()
+        with torch.inference_mode():
+            return self.objective.measured(
+                [self.objective.predict(self._parts.model, pieces) for pieces in self.validation_batches()]
+            )
+
+    @property
+    def _soup(self) -> Soup | None:
+        most = self.options.average_best
+        return None if most is None else Soup(self.run / EVALUATED, most)
+
+    def _keep(self, value: float) -> None:
+        """The weights that were measured, if they are among the best."""
+        progress = self.progress
+        if self._soup is not None:
+            progress.kept = self._soup.ranked(progress.kept, value, progress.step)
+            if (value, progress.step) in progress.kept:
+                self._soup.write(self._parts.model.state_dict(), progress.step)
+
+    def _average_best(self) -> None:
+        """The average of the best evaluations' weights becomes the best, if it is better."""
+        progress, model, metric = self.progress, self._parts.model, self.objective.metric
+        if self._soup is None or progress.best is None:
+            return
+        steps = ", ".join(str(step) for _, step in sorted(progress.kept, key=lambda one: one[1]))
+        if len(progress.kept) < 2:
+            self.events.note(f"--average-best: step {steps} alone was evaluated; there is nothing to average")
+            return
+        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self._soup.average(progress.kept))
+        value = self._measured()[metric]
+        better = value > progress.best
+        self.events.note(
+            f"the average of the weights of steps {steps}: {metric} {value:.4f}, "
+            f"{'better than' if better else 'no better than'} {progress.best:.4f} of step {progress.best_step} "
+            f"alone; {BEST} is {'the average' if better else 'that step'}"
+        )
+        if better:
+            progress.best, progress.averaged = value, [step for _, step in progress.kept]
+            self._save_model(BEST)
+        model.load_state_dict(own)
 
     def validation_batches(self) -> Iterator[Any]:
         """All validation rows, in order, as the objective collates them."""

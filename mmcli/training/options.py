@@ -28,6 +28,8 @@ class TrainOptions:
     ema            decay of an exponential moving average of the weights, which is what is evaluated and saved
     wise_ft        what is evaluated and saved lies so far on the straight line from the base's weights (0) to the
                    learned ones (1): more robust elsewhere (Wortsman et al. 2022, "Robust fine-tuning"); None: 1
+    average_best   at the end, the average of the weights of so many of the best evaluations becomes the best, if it
+                   is better (see mmcli.training.soup); None: no average is made
     patience       evaluations without a better metric after which training stops; None: never
     eval_steps     steps between evaluations; None: after each epoch
     balance        rows are drawn so that all classes come equally often
@@ -54,6 +56,7 @@ class TrainOptions:
     freeze: tuple[str, ...] = ()
     ema: float | None = None
     wise_ft: float | None = None
+    average_best: int | None = None
     patience: int | None = None
     eval_steps: int | None = None
     balance: bool = False
