@@ -1,13 +1,18 @@
-"""mmcli beside what people write by hand, on the same files, model and machine, in alternating whole processes.
+"""mmcli beside what people use today, on the same files, model and machine, in alternating whole processes.
 
-    python benchmarks/peers.py images --model DIR [--count 2000] [--rounds 3]
-    python benchmarks/peers.py texts  --model DIR [--count 5000] [--rounds 3]
+    python benchmarks/peers.py CASE PEER [--count N] [--rounds 5] [--dtype bfloat16] [--model DIR] [--python PYTHON]
 
-Each side is timed from its start to its exit, with its imports, and writes its vectors to disk. Vectors of both
-sides are compared. Peers:
+CASE    small-jpeg, camera-jpeg: a cheap CLIP, reading limits; vit-b-32: CLIP of that size with random weights, the
+        model limits; short-texts, mixed-texts (with --model, a sentence-transformers directory); speech: a small
+        Wav2Vec2; video: a small VideoMAE. All inputs and models but that one are generated.
+PEER    loop: the checkpoint's own processor and model in a torch DataLoader with a worker per core
+        pipeline: transformers' pipeline, as its documentation has it
+        sentence-transformers: SentenceTransformer(DIR).encode
+        open_clip: its model and preprocessing in such a DataLoader (vit-b-32)
+        clip-retrieval: its inference command (--python of an environment that has it, with transformers 5)
 
-    transformers           the checkpoint's own processor and model, in a torch DataLoader with a worker per core
-    sentence-transformers  SentenceTransformer(DIR).encode, for directories that it can load
+Each side is timed from its start to its exit with its imports, and from its first batch on; both write their
+vectors to disk, and these are compared.
 """
 
 from __future__ import annotations
@@ -20,57 +25,55 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from peer_data import CASES
 
-TEXT = "a small red circle above two large blue stars on the left of a grey wall near water at night"
 HERE = Path(__file__).resolve().parent
 
-OURS = [sys.executable, "-m", "mmcli", "embed"]
+
+@dataclass
+class Timing:
+    """Seconds of a whole process, and rows a second after its first batch."""
+
+    whole: float
+    steady: float
 
 
-def make_images(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """JPEGs of smooth coloured noise: about the bytes and the decoding time of photos of that size."""
-    generator = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(count):
-        small = generator.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number:06d}.jpg", quality=88)
+@dataclass
+class Side:
+    """One of both: its name, its command, what it writes."""
+
+    name: str
+    command: list[str]
+    out: Path
+
+    def run(self, count: int) -> Timing:
+        """Once, from start to exit."""
+        start = time.perf_counter()
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        done = subprocess.run(self.command, capture_output=True, text=True, env=environment)
+        whole = time.perf_counter() - start
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(self.command)} failed with {done.returncode}:\n{done.stderr[-2000:]}")
+        if self.name != "mmcli":
+            told = [line for line in done.stdout.splitlines() if line.startswith("steady ")]
+            return Timing(whole, float(told[0].split()[1]))
+        report = json.loads(done.stderr.splitlines()[-1])
+        batch = -(-count // report["batches"])
+        return Timing(whole, (count - batch) / (report["wall_s"] - report["first_result_s"]))
 
 
-def make_texts(path: Path, count: int) -> None:
-    """Texts of 1 to 120 words, most of them short, as JSONL."""
-    generator = np.random.default_rng(0)
-    with path.open("w") as file:
-        for _ in range(count):
-            words = generator.choice(TEXT.split(), min(120, 1 + int(generator.exponential(18))))
-            file.write(json.dumps({"text": " ".join(words)}) + "\n")
-
-
-def timed(command: list[str]) -> float:
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-2000:]}")
-    return time.perf_counter() - start
-
-
-def commands(kind: str, peer: str, data: Path, model: str, work: Path) -> dict[str, tuple[list[str], Path]]:
-    """Name -> (command, what it writes), of both sides."""
-    ours = work / "mmcli.parquet"
-    theirs = work / f"{peer}.npy"
-    script = HERE / "peer_scripts.py"
-    return {
-        "mmcli": (
-            [*OURS, str(data), "-m", model, "-o", str(ours), "--overwrite", "--quiet"],
-            ours,
-        ),
-        peer: ([sys.executable, str(script), peer, kind, str(data), model, str(theirs)], theirs),
-    }
+def sides(peer: str, kind: str, data: Path, model: str, work: Path, options: argparse.Namespace) -> list[Side]:
+    ours, theirs = work / "mmcli.parquet", work / f"{peer}.npy"
+    command = [sys.executable, "-m", "mmcli", "embed", str(data), "-m", model, "-o", str(ours), "--overwrite"]
+    command += ["--json", "--quiet", "--dtype", options.dtype, *options.options]
+    script = str(HERE / "peer_scripts.py")
+    other = [options.python, script, peer, kind, str(data), model, str(theirs), options.dtype]
+    return [Side("mmcli", command, ours), Side(peer, other, theirs)]
 
 
 def vectors(path: Path) -> np.ndarray:
@@ -83,42 +86,56 @@ def vectors(path: Path) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def compare(kind: str, peer: str, data: Path, model: str, count: int, rounds: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        sides = commands(kind, peer, data, model, Path(folder))
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(rounds):
-            # The order alternates, so that a machine that gets slower favours nobody.
-            for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-                seconds[name].append(timed(sides[name][0]))
-        ours, theirs = (vectors(path) for _, path in sides.values())
-        cosine = float((ours * theirs).sum(axis=1).min())
-    for name, times in seconds.items():
-        rates = sorted(count / t for t in times)
-        print(f"{name:24} {statistics.median(rates):8.1f} rows/s   ({rates[0]:.1f} to {rates[-1]:.1f})")
-    ratio = statistics.median(seconds[peer]) / statistics.median(seconds["mmcli"])
-    print(f"{'ratio':24} {ratio:8.2f}          least cosine between the two: {cosine:.6f}", flush=True)
+def compare(both: list[Side], count: int, rounds: int) -> None:
+    timings: dict[str, list[Timing]] = {side.name: [] for side in both}
+    for number in range(rounds):
+        # The order alternates, so that a machine that gets slower favours nobody.
+        for side in both[:: 1 if number % 2 == 0 else -1]:
+            timings[side.name].append(side.run(count))
+    for name, found in timings.items():
+        whole, steady = sorted(count / t.whole for t in found), sorted(t.steady for t in found)
+        print(f"{name:22} rows/s: whole {_rates(whole)}, steady {_rates(steady)}")
+    ours, theirs = timings.values()
+    pairs = list(zip(ours, theirs, strict=True))
+    whole = sorted(t.whole / o.whole for o, t in pairs)
+    steady = sorted(o.steady / t.steady for o, t in pairs if t.steady)
+    print(f"{'ratio':22} whole {_rates(whole)}, steady {_rates(steady) if steady else 'not measured'}")
+    a, b = (vectors(side.out) for side in both)
+    agreement = (
+        f"least cosine {(a * b).sum(axis=1).min():.6f}" if a.shape == b.shape else f"{a.shape} and {b.shape}"
+    )
+    print(f"{'both outputs':22} {agreement}", flush=True)
+
+
+def _rates(rates: list[float]) -> str:
+    return f"{statistics.median(rates):.2f} ({rates[0]:.2f} to {rates[-1]:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["images", "texts"])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--peer", choices=["transformers", "sentence-transformers"], default="transformers")
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--size", default="640x480", help="of pictures")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("peer", nargs="+")
+    parser.add_argument("--model", help="of texts")
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--python", default=sys.executable, help="of the peer")
+    parser.add_argument("--options", nargs="*", default=[], help="more of mmcli embed")
     options = parser.parse_args()
-    width, _, height = options.size.partition("x")
+    case = CASES[options.case]
+    count = options.count or case.count
     with tempfile.TemporaryDirectory() as folder:
-        if options.kind == "images":
-            data = Path(folder) / "images"
-            make_images(data, options.count, (int(width), int(height)))
-        else:
-            data = Path(folder) / "texts.jsonl"
-            make_texts(data, options.count)
-        print(f"{options.count} {options.kind}, {options.model}, {os.cpu_count()} cores, {options.rounds} rounds")
-        compare(options.kind, options.peer, data, options.model, options.count, options.rounds)
+        work = Path(folder)
+        data = work / ("texts.jsonl" if case.kind == "texts" else "data")
+        case.data(data, count)
+        if case.model is not None:
+            case.model(work / "model")
+        elif options.model is None:
+            parser.error(f"{options.case} needs --model")
+        model = options.model or str(work / "model")
+        print(f"{options.case}: {count} rows, {options.dtype}, {os.cpu_count()} cores, {options.rounds} rounds")
+        for peer in options.peer:
+            compare(sides(peer, case.kind, data, model, work, options), count, options.rounds)
 
 
 if __name__ == "__main__":
