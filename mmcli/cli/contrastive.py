@@ -9,6 +9,7 @@ from mmcli.cli.encoders import open_encoders
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import TrainingArguments
 from mmcli.cli.parse import Problems
+from mmcli.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 _LOSSES = ("clip", "siglip")
 _PROJECTION_SIZE = "512"
+# Of metrics of texts that heed the clip beside them.
+_CONDITIONED = "conditioned_"
 
 
 class ContrastiveRecipe:
     """Of *contrastive*."""
 
     labelled = False
-    metrics: tuple[str, ...] = ("r_at_1", "r_at_5", "r_at_10")
+    metrics: tuple[str, ...] = ("r_at_1", "r_at_5", "r_at_10", f"{_CONDITIONED}r_at_1")
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
         """None."""
@@ -54,7 +57,9 @@ class ContrastiveRecipe:
         network = problems.collect(_joined if given.training.encoder else _base, given, model, train)
         problems.check()
         assert network is not None
-        return Contrastive(network, train.slots, measure_retrieval, metric=metric)  # type: ignore[arg-type]
+        if metric.startswith(_CONDITIONED) and not network.plan.detail.conditioned:
+            raise ConfigError(f"--metric {metric}: of models whose texts heed the clip beside them (X-CLIP)")
+        return Contrastive(network, train.slots, measure_retrieval, measure_scores, metric=metric)  # type: ignore[arg-type]
 
     def targets(self, listed: Listed, objective: Any) -> list[Any]:
         """Rows with an equal medium belong together."""
@@ -110,3 +115,20 @@ def measure_retrieval(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> dict[
     units = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in (a, b)]
     gap = float(np.linalg.norm(units[0].mean(axis=0) - units[1].mean(axis=0)))
     return {**found, "median_rank": float(max(np.median(forward), np.median(backward))), "modality_gap": gap}
+
+
+def measure_scores(scores: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """R@1, R@5 and R@10 as `measure_retrieval` has them, of a score for each pair of rows [n, n]."""
+    import numpy as np
+
+    from mmcli.evaluation.retrieval import CUTOFFS, TIE
+
+    own = groups[:, None] == groups
+    found: dict[str, float] = {}
+    for way in (scores, scores.T):
+        best = np.where(own, way, -np.inf).max(axis=1, keepdims=True)
+        ranks = 1 + ((way >= best - TIE) & ~own).sum(axis=1)
+        for k in CUTOFFS:
+            name = f"{_CONDITIONED}r_at_{k}"
+            found[name] = found.get(name, 0.0) + float(np.mean(ranks <= k)) / 2
+    return found

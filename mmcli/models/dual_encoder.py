@@ -203,20 +203,34 @@ def _similarity(model: Any, row: DualEncoder) -> Similarity:
 
 
 def _conditioned(model: Any) -> Conditioned:
-    """X-CLIP's video-specific prompting (Ni et al. 2022, section 3.3): a text's vector heeds the clip's patches."""
-
     def compare(inputs: dict[str, torch.Tensor], texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        clips = inputs["pixel_values"]
-        count, frames = clips.shape[:2]
-        seen = model.vision_model(pixel_values=clips.flatten(0, 1))
-        of_frames = model.visual_projection(seen.pooler_output).view(count, frames, -1)
-        vectors = model.mit(of_frames).pooler_output
-        patches = model.prompts_visual_layernorm(seen.last_hidden_state[:, 1:])
-        patches = (patches @ model.prompts_visual_projection).unflatten(0, (count, frames)).mean(dim=1)
-        texts = texts.to(patches.dtype).expand(count, -1, -1)
-        return vectors, texts + model.prompts_generator(texts, patches)
+        seen = clip_features(model, inputs)
+        return seen[:, 0], texts_beside(model, texts, seen)
 
     return compare
+
+
+def clip_features(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Clips of an X-CLIP -> [n, 1 + T, D]: each clip's vector, not normalised, then what texts heed of it."""
+    import torch
+
+    clips = inputs["pixel_values"]
+    count, frames = clips.shape[:2]
+    seen = model.vision_model(pixel_values=clips.flatten(0, 1))
+    of_frames = model.visual_projection(seen.pooler_output).view(count, frames, -1)
+    vectors = model.mit(of_frames).pooler_output
+    patches = model.prompts_visual_layernorm(seen.last_hidden_state[:, 1:]) @ model.prompts_visual_projection
+    return torch.cat([vectors[:, None], patches.unflatten(0, (count, frames)).mean(dim=1)], dim=1)
+
+
+def texts_beside(model: Any, texts: torch.Tensor, clips: torch.Tensor) -> torch.Tensor:
+    """X-CLIP's video-specific prompting (Ni et al. 2022, section 3.3): a text's vector heeds the clip's patches.
+
+    Texts [P, D], `clip_features` [n, 1 + T, D] -> what each text becomes beside each clip, [n, P, D].
+    """
+    texts = texts.to(clips.dtype).expand(len(clips), -1, -1)
+    beside: torch.Tensor = texts + model.prompts_generator(texts, clips[:, 1:])
+    return beside
 
 
 def _features(method: Callable[..., Any], first_token: bool) -> Tower:
@@ -241,7 +255,8 @@ def frame_tower(image: Tower, normalize: bool) -> Tower:
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         clips, frames = next(iter(inputs.values())).shape[:2]
-        vectors = image({name: tensor.flatten(0, 1) for name, tensor in inputs.items()}).float()
+        vectors = image({name: tensor.flatten(0, 1) for name, tensor in inputs.items()})
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         if normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return vectors.reshape(clips, frames, -1).mean(dim=1)

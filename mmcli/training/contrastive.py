@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmcli.core.errors import ConfigError, ModelError, one_line
+from mmcli.core.errors import ConfigError, MmcliError, ModelError, one_line
 from mmcli.core.records import Media, Modality, Sample
-from mmcli.models.dual_encoder import DualEncoder, model_class_of, towers_of
+from mmcli.models.dual_encoder import DualEncoder, clip_features, model_class_of, texts_beside, towers_of
 from mmcli.models.fusion_family import copy_encoder_files
 from mmcli.models.plan import EmbeddingPlan
-from mmcli.models.runner import Batch, Collator, Loaded
+from mmcli.models.runner import Batch, Collator, Loaded, load_model
 from mmcli.training.classify import copy_processor
 from mmcli.training.contrastive_loss import (
     GradCache,
@@ -26,12 +27,15 @@ from mmcli.training.contrastive_loss import (
     freeze_batch_norm,
     siglip_loss,
     unfreeze_logit_parameters,
+    xclip_loss,
 )
 from mmcli.training.data import Item, in_pieces
 from mmcli.training.objective import Backward
 
 # (vectors of both sides, unit or not, [n, D] each; group of each row) -> metrics by name
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]
+# (scores of each row's clip with each row's text [n, n], group of each row) -> metrics by name
+MeasureScores = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
 @dataclass(slots=True)
@@ -53,12 +57,16 @@ class Piece:
 
 @dataclass(slots=True)
 class Measured:
-    """Of a piece: float32 vectors [n, D] of both sides, the rows' groups, and the sum of their losses."""
+    """Of a piece: float32 vectors [n, D] of both sides, the rows' groups, and the sum of their losses.
+
+    clips  of a model whose texts heed the clip beside them, [n, 1 + T, D]: 100 KB a clip of ViT-B/32
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     groups: torch.Tensor
     loss: float
+    clips: torch.Tensor | None = None
 
 
 def joined(found: Sequence[list[Measured]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -113,13 +121,9 @@ class CheckpointNetwork:
                 model = maker(config, attn_implementation=plan.attn_implementation)
             else:
                 checkpoint.fetch_weights()
-                model = made.from_pretrained(
-                    checkpoint.directory,
-                    dtype=torch.float32,
-                    attn_implementation=plan.attn_implementation,
-                    use_safetensors=None if checkpoint.allow_pickle else True,
-                    trust_remote_code=checkpoint.trust_remote_code,
-                )
+                model = load_model(made, plan, device)
+        except MmcliError:
+            raise
         except Exception as error:
             raise ModelError(f"-m {checkpoint.id}: cannot load it: {one_line(str(error))}") from error
         return model.to(device), frozenset()
@@ -140,19 +144,22 @@ class CheckpointNetwork:
 class Contrastive:
     """See mmcli.training.objective.Objective.
 
-    The loss is the model's own: CLIP's, CLAP's with a scale for each way, SigLIP's of pairs; exact in pieces by
-    GradCache. `measure` gives the metrics of validation vectors.
+    The loss is the model's own: CLIP's, CLAP's with a scale for each way, SigLIP's of pairs, X-CLIP's of texts
+    beside each clip; exact in pieces by GradCache. `measure` gives the metrics of validation vectors, those that
+    `mmcli embed` gives; `measure_scores` of X-CLIP's cosines, texts beside clips, as `mmcli classify` has them.
     """
 
     network: Network
     slots: tuple[Modality, Modality]
     measure: Measure
+    measure_scores: MeasureScores | None = None
     name: str = "contrastive"
     metric: str = "r_at_1"
     _new: frozenset[str] = field(default=frozenset(), init=False)
     _host: Collator | None = field(default=None, init=False)
     _device: Collator | None = field(default=None, init=False)
     _towers: Loaded | None = field(default=None, init=False)
+    _model: Any = field(default=None, init=False)
 
     @property
     def plan(self) -> EmbeddingPlan:
@@ -162,6 +169,7 @@ class Contrastive:
     def build(self, device: torch.device) -> nn.Module:
         """The network's model. Raises ModelError."""
         model, self._new = self.network.build(device)
+        self._model = model
         self._device = Collator(self.plan, device)
         self._towers = towers_of(model, self.plan)
         return model  # type: ignore[no-any-return]
@@ -214,10 +222,12 @@ class Contrastive:
         return self._device.device
 
     def _encode(self, side: Side) -> torch.Tensor:
-        """float [n, D], in the order of the piece's rows."""
+        """float [n, D], in the order of the piece's rows; of clips that texts heed [n, 1 + T, D]."""
         assert self._device is not None
         assert self._towers is not None
         tower = self._towers.towers[side.modality]
+        if self._conditioned and side.modality == "video":
+            tower = partial(clip_features, self._model)
         vectors = torch.cat([tower(self._device.to_device(batch)) for batch, _ in side.parts])
         rows = torch.cat([rows for _, rows in side.parts]).to(self._place)
         return vectors[rows.argsort()]
@@ -229,8 +239,26 @@ class Contrastive:
         if row.scale == "logit_scale_a":
             sounds, texts = (a, b) if self.slots[0] == "audio" else (b, a)
             return clap_loss(sounds, texts, model.logit_scale_a.exp(), model.logit_scale_t.exp(), groups)
-        scale = 1 / model.temperature if row.scale == "temperature" else model.logit_scale.exp()
-        return clip_loss(a, b, scale, groups)
+        if row.conditioned:
+            clips, texts = (a, b) if self.slots[0] == "video" else (b, a)
+            beside = texts_beside(model, texts, clips)
+            return xclip_loss(clips[:, 0], beside, model.logit_scale.exp(), groups)
+        return clip_loss(a, b, self._scale(model), groups)
+
+    @property
+    def _conditioned(self) -> bool:
+        row: DualEncoder = self.plan.detail
+        return row.conditioned
+
+    def _scale(self, model: Any) -> torch.Tensor | float:
+        """What cosines are multiplied by. Of BLIP, whose class has no parameter for it, a constant."""
+        row: DualEncoder = self.plan.detail
+        if row.scale is None:
+            assert self._towers is not None
+            assert self._towers.similarity is not None
+            return self._towers.similarity.scale
+        learned: torch.Tensor = getattr(model, row.scale)
+        return 1 / learned if row.scale == "temperature" else learned.exp()
 
     def after_step(self, model: nn.Module) -> None:
         """Logit scales stay at 100 at most."""
@@ -242,13 +270,29 @@ class Contrastive:
         for piece in pieces:
             a, b = self._encode(piece.a).float(), self._encode(piece.b).float()
             loss = float(self._loss(model, a, b, piece.groups.to(self._place)))
-            found.append(Measured(a.cpu(), b.cpu(), piece.groups, loss * len(a)))
+            clips = next((side.cpu() for side in (a, b) if side.ndim == 3), None)
+            a, b = (side[:, 0] if side.ndim == 3 else side for side in (a, b))
+            found.append(Measured(a.cpu(), b.cpu(), piece.groups, loss * len(a), clips))
         return found
 
     def measured(self, found: Sequence[list[Measured]]) -> dict[str, float]:
         """What `measure` says of the vectors of all rows, and the mean loss of batches."""
         a, b, groups, loss = joined(found)
-        return {**self.measure(a, b, groups), "loss": loss}
+        scores = {**self.measure(a, b, groups), "loss": loss}
+        if self._conditioned and self.measure_scores is not None:
+            scores |= self.measure_scores(self._beside(found), groups)
+        return scores
+
+    def _beside(self, found: Sequence[list[Measured]]) -> np.ndarray:
+        """Cosines of all clips with all texts, each beside the clip: float32 [N, N]."""
+        pieces = [piece for batch in found for piece in batch]
+        texts = torch.cat([piece.b if self.slots[0] == "video" else piece.a for piece in pieces]).to(self._place)
+        cosines = []
+        for one in (clip for piece in pieces if piece.clips is not None for clip in piece.clips):
+            clip = one[None].to(self._place)
+            beside = texts_beside(self._model, texts, clip)[0].float()
+            cosines.append(nn.functional.cosine_similarity(clip[:, 0].float(), beside, dim=-1).cpu())
+        return torch.stack(cosines).numpy()
 
     def vectors(self, model: nn.Module, batches: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Of all batches: see `joined`."""
@@ -267,8 +311,6 @@ def check_base(plan: Any, slots: Sequence[Modality]) -> None:
         raise ConfigError(
             f"-m {name}: it has no space for two modalities; take a dual encoder (CLIP, SigLIP, CLAP)"
         )
-    if row.conditioned or row.scale is None:
-        raise ConfigError(f"-m {name}: a {plan.checkpoint.config.model_type} is not trained here yet")
     if len(slots) != 2:
         raise ConfigError("--objective contrastive: name two columns that belong together, --image-column, ...")
     if missing := [slot for slot in slots if slot not in plan.modalities]:

@@ -18,7 +18,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file
-from test_contrastive import COLOURS, pair_rows
+from test_contrastive import COLOURS, clip_pairs, pair_rows
 from test_encoders import clips, pictures, sounds
 from tiny_fusion import BUILDERS
 from torch.nn.functional import normalize
@@ -241,15 +241,6 @@ def sound_pairs(folder: Path, count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
-def clip_rows(count: int) -> list[Row]:
-    """The sample's clips, with texts."""
-    folder = Path(__file__).resolve().parents[2] / "sample_data" / "videos"
-    files = sorted(folder.glob("*.mp4"))[:count]
-    return [
-        Row(f.name, (Media("video", file=str(f)), Media("text", text=f.stem[3:])), n) for n, f in enumerate(files)
-    ]
-
-
 def objective_of(folders: dict[str, Path], loss: Any = "clip", **more: Any) -> Contrastive:
     slots: Any = tuple(folders)
     return Contrastive(network_of(folders, loss, **more), slots, measure_retrieval)
@@ -287,7 +278,7 @@ def test_a_batch_in_pieces_has_the_gradients_of_the_whole(tmp_path: Path, names:
     if "image" in names:
         rows = pair_rows(tmp_path / "images", 7, repeated=True)
     else:
-        rows = sound_pairs(tmp_path / "sounds", 7) if "audio" in names else clip_rows(5)
+        rows = sound_pairs(tmp_path / "sounds", 7) if "audio" in names else clip_pairs(5)
     whole = gradients(folders, rows, loss, 1)
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
     found = gradients(folders, rows, loss, 3)
