@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import TEXT, make_images
+from peer_data import TEXT, make_images
 
 HERE = Path(__file__).resolve().parent
 RATE = "1e-4"
