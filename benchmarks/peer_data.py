@@ -88,6 +88,31 @@ def make_clip(folder: Path, width: int, layers: int) -> None:
     hf.CLIPImageProcessor().save_pretrained(folder)
 
 
+def make_minilm(folder: Path) -> None:
+    """A sentence-transformers directory: a BERT of 6 layers of 384, as MiniLM, random weights, the tokens' mean."""
+    import torch
+    import transformers as hf
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(TEXT.split()))]
+    config = hf.BertConfig(
+        vocab_size=30_522, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
+    )
+    hf.BertModel(config).save_pretrained(folder)
+    tokenizer = hf.BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=256)
+    tokenizer.save_pretrained(folder)
+    package = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{package}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{package}.Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 256, "do_lower_case": False}))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
 def make_wav2vec2(folder: Path) -> None:
     """A Wav2Vec2 of 4 layers of 256 behind the convolutions of the base model, random weights."""
     import torch
@@ -122,15 +147,20 @@ class Case:
     kind   of inputs: images, texts, audio, video
     count  how many, where nothing else is said
     data   writes so many of them to a path
-    model  writes the checkpoint to a path; None: given by --model
-    bound  what limits: decode or model
+    model  writes the checkpoint to a path
     """
 
     kind: str
     count: int
     data: Callable[[Path, int], Any]
-    model: Callable[[Path], Any] | None
-    bound: str
+    model: Callable[[Path], Any]
+
+    def write(self, folder: Path, count: int) -> tuple[Path, Path]:
+        """Inputs and model into a folder; returns where they are."""
+        data, model = folder / ("texts.jsonl" if self.kind == "texts" else "data"), folder / "model"
+        self.data(data, count)
+        self.model(model)
+        return data, model
 
 
 def _images(width: int, height: int) -> Callable[[Path, int], None]:
@@ -146,11 +176,11 @@ def _clip(width: int, layers: int) -> Callable[[Path], None]:
 
 
 CASES = {
-    "small-jpeg": Case("images", 2000, _images(320, 240), _clip(64, 2), "decode"),
-    "camera-jpeg": Case("images", 200, _images(4032, 3024), _clip(64, 2), "decode"),
-    "vit-b-32": Case("images", 240, _images(320, 240), _clip(768, 12), "model"),
-    "short-texts": Case("texts", 3000, _texts(6, 12), None, "model"),
-    "mixed-texts": Case("texts", 1500, _texts(18, 120), None, "model"),
-    "speech": Case("audio", 300, make_sounds, make_wav2vec2, "model"),
-    "video": Case("video", 120, make_videos, make_videomae, "decode"),
+    "small-jpeg": Case("images", 2000, _images(320, 240), _clip(64, 2)),
+    "camera-jpeg": Case("images", 200, _images(4032, 3024), _clip(64, 2)),
+    "vit-b-32": Case("images", 240, _images(320, 240), _clip(768, 12)),
+    "short-texts": Case("texts", 3000, _texts(6, 12), make_minilm),
+    "mixed-texts": Case("texts", 1500, _texts(18, 120), make_minilm),
+    "speech": Case("audio", 300, make_sounds, make_wav2vec2),
+    "video": Case("video", 120, make_videos, make_videomae),
 }

@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py CASE PEER [--count N] [--rounds 5] [--dtype bfloat16] [--model DIR] [--python PYTHON]
 
-CASE    small-jpeg, camera-jpeg: a cheap CLIP, reading limits; vit-b-32: CLIP of that size with random weights, the
-        model limits; short-texts, mixed-texts (with --model, a sentence-transformers directory); speech: a small
-        Wav2Vec2; video: a small VideoMAE. All inputs and models but that one are generated.
+CASE    small-jpeg, camera-jpeg: a cheap CLIP, reading limits; vit-b-32: CLIP of that size, the model limits;
+        short-texts, mixed-texts: a BERT of MiniLM's size; speech: a small Wav2Vec2; video: a small VideoMAE.
+        All inputs are generated, and all models, with random weights, unless --model names another.
 PEER    loop: the checkpoint's own processor and model in a torch DataLoader with a worker per core
         pipeline: transformers' pipeline, as its documentation has it
         sentence-transformers: SentenceTransformer(DIR).encode
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("peer", nargs="+")
-    parser.add_argument("--model", help="of texts")
+    parser.add_argument("--model")
     parser.add_argument("--count", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
@@ -126,13 +126,8 @@ def main() -> None:
     count = options.count or case.count
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        data = work / ("texts.jsonl" if case.kind == "texts" else "data")
-        case.data(data, count)
-        if case.model is not None:
-            case.model(work / "model")
-        elif options.model is None:
-            parser.error(f"{options.case} needs --model")
-        model = options.model or str(work / "model")
+        data, made = case.write(work, count)
+        model = options.model or str(made)
         print(f"{options.case}: {count} rows, {options.dtype}, {os.cpu_count()} cores, {options.rounds} rounds")
         for peer in options.peer:
             compare(sides(peer, case.kind, data, model, work, options), count, options.rounds)
