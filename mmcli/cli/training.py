@@ -273,7 +273,8 @@ def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
         # The options of all encoders.
         model = replace(model, model=encoders[0].partition("=")[2] or ".")
     arguments = Arguments(given.inputs, model, OutputArguments(), RunArguments(), given.messages)
-    return model_options(arguments, problems, "google/vit-base-patch16-224-in21k")
+    options = model_options(arguments, problems, "google/vit-base-patch16-224-in21k")
+    return None if options is None else replace(options, weights=not given.training.from_config)
 
 
 # ------------------------------------------------------------------------------------------- running

@@ -151,12 +151,12 @@ def open_checkpoint(options: ModelOptions) -> Checkpoint:
         directory = _snapshot(name, options.revision, list(SMALL_FILES), options.offline)
         checkpoint = Checkpoint(name, directory, directory.name, trust, pickle)
     if not (checkpoint.directory / "modules.json").is_file():
-        check_files(checkpoint)
+        check_files(checkpoint, options.weights)
     return checkpoint
 
 
-def check_files(checkpoint: Checkpoint) -> None:
-    """Raise ConfigError for a directory that is no model, has no weights, or asks for its own code to be run."""
+def check_files(checkpoint: Checkpoint, weights: bool = True) -> None:
+    """Raise ConfigError for a directory that is no model, asks for its own code to be run, or has no `weights`."""
     config = checkpoint.json("config.json")
     if not config:
         raise ConfigError(
@@ -168,7 +168,7 @@ def check_files(checkpoint: Checkpoint) -> None:
             f"-m {checkpoint.id}: its config.json asks for trust_remote_code, which is refused",
             hint="remove that key, or add --trust-remote-code when you trust its author",
         )
-    if checkpoint.revision is None and not checkpoint.weight_files():
+    if weights and checkpoint.revision is None and not checkpoint.weight_files():
         raise ConfigError(f"-m {checkpoint.id}: {_no_safetensors(checkpoint.directory)}")
 
 

@@ -185,6 +185,7 @@ class ModelOptions:
     trust_remote_code    run Python code that comes with the checkpoint
     allow_pickle         load weights that are not safetensors
     exact_decode         decode large JPEGs at full size
+    weights              there must be weights; False: an architecture is enough
     endpoint             what runs `openai:NAME`
     extra_body           more of its requests, as JSON: a null takes out what would be there
     """
@@ -202,5 +203,6 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     exact_decode: bool = False
+    weights: bool = True
     endpoint: Endpoint | Batch | None = None
     extra_body: str | None = None

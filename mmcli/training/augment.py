@@ -14,6 +14,8 @@ from mmcli.training.data import Augment
 _CROP = (0.6, 1.0)
 # Of noise beside a sound, in dB below its own level.
 _NOISE_DB = (20.0, 50.0)
+# How fast a sound is played. Ko et al. (2015, "Audio augmentation for speech recognition") have 0.9 to 1.1.
+_SPEED = (0.85, 1.2)
 
 
 def flip(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
@@ -55,6 +57,16 @@ def noise(modality: Modality, payload: Payload, generator: np.random.Generator) 
     return replace(payload, waveform=np.clip(waveform, -1, 1).astype(np.float32))
 
 
+def speed(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
+    """As `noise`, and sounds are played at 85 to 120 % of their speed: pitch and formants move, as if others spoke."""
+    if not isinstance(payload, Audio):
+        return payload
+    length = len(payload.waveform)
+    places = np.arange(0, length, generator.uniform(*_SPEED))
+    waveform = np.interp(places, np.arange(length), payload.waveform).astype(np.float32)
+    return noise(modality, replace(payload, waveform=waveform), generator)
+
+
 def _pixels(payload: Payload, change: Any) -> Payload:
     if isinstance(payload, Video):
         return replace(payload, frames=change(payload.frames))
@@ -62,4 +74,4 @@ def _pixels(payload: Payload, change: Any) -> Payload:
 
 
 # --augment NAME -> what is done; None: nothing
-AUGMENTS: dict[str, Augment | None] = {"none": None, "flip": flip, "crop": crop, "noise": noise}
+AUGMENTS: dict[str, Augment | None] = {"none": None, "flip": flip, "crop": crop, "noise": noise, "speed": speed}
