@@ -636,7 +636,10 @@ class TrainingArguments:
     augment: Annotated[
         str,
         _option(
-            TRAINING, "--augment", "NAME", "Change inputs at random: none, flip (pictures), crop, noise (sounds)."
+            TRAINING,
+            "--augment",
+            "NAME",
+            "Change inputs at random: none, flip (pictures), crop, noise (sounds), speed.",
         ),
     ] = "none"
     missing_policy: Annotated[

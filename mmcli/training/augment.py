@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from mmcli.core.records import Audio, Modality, Payload, Video
 from mmcli.training.data import Augment
@@ -58,13 +59,33 @@ def noise(modality: Modality, payload: Payload, generator: np.random.Generator) 
 
 
 def speed(modality: Modality, payload: Payload, generator: np.random.Generator) -> Payload:
-    """As `noise`, and sounds are played at 85 to 120 % of their speed: pitch and formants move, as if others spoke."""
+    """As `noise`, and played at 85 to 120 % of its speed: pitch and formants move, as if another spoke."""
     if not isinstance(payload, Audio):
         return payload
     length = len(payload.waveform)
     places = np.arange(0, length, generator.uniform(*_SPEED))
     waveform = np.interp(places, np.arange(length), payload.waveform).astype(np.float32)
     return noise(modality, replace(payload, waveform=waveform), generator)
+
+
+def spare_short_sounds(model: nn.Module) -> None:
+    """Leave sounds unmasked that are shorter than a mask.
+
+    Wav2Vec2, HuBERT and their kind hide spans of `mask_time_length` frames (usually 10, of 20 ms) while they learn
+    (SpecAugment: Park et al. 2019), and raise for a sound of fewer.
+    """
+    for module in model.modules():
+        mask = getattr(module, "_mask_hidden_states", None)
+        shortest = getattr(getattr(module, "config", None), "mask_time_length", None)
+        if mask is not None and shortest is not None:
+            module._mask_hidden_states = _sparing(mask, shortest)
+
+
+def _sparing(mask: Any, shortest: int) -> Any:
+    def masked(hidden_states: Any, *args: Any, **options: Any) -> Any:
+        return hidden_states if hidden_states.shape[1] < shortest else mask(hidden_states, *args, **options)
+
+    return masked
 
 
 def _pixels(payload: Payload, change: Any) -> Payload:

@@ -16,6 +16,7 @@ from torch import nn
 
 from mmcli.core.durable import output_errors, swap_folder
 from mmcli.core.errors import ExitCode, ModelError, Stopped, TryAgain
+from mmcli.training.augment import spare_short_sounds
 from mmcli.training.checkpoints import Parts, Progress, load_checkpoint, save_checkpoint
 from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
 from mmcli.training.log import MetricsLog
@@ -135,6 +136,7 @@ class Trainer:
 
     def _make_parts(self) -> Parts:
         model = self.objective.build(self.device)
+        spare_short_sounds(model)
         new, options = self.objective.new_weights(), self.options
         if options.lora_rank is not None:
             self._lora = Lora(model, options.lora_rank, options.lora_alpha, new)

@@ -1,0 +1,71 @@
+"""The training configurations of sample_data start as they are, and so do architectures without weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmcli.cli.boundary import run as mmcli
+
+
+def spoken(folder: Path, seconds: float, number: int) -> None:
+    """A tone as a telephone would record it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    time = np.arange(round(8000 * seconds)) / 8000
+    samples = (8000 * np.sin(2 * np.pi * (300 + 400 * number) * time)).astype("<i2")
+    with wave.open(str(folder / f"{seconds}.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(samples.tobytes())
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Path:
+    """Two labels of three sounds; the shortest have fewer frames than SpecAugment masks at once."""
+    for number in range(2):
+        for seconds in (0.12, 0.4, 0.8):
+            spoken(tmp_path / "sounds" / str(number), seconds, number)
+    return tmp_path / "sounds"
+
+
+def start(sample_data: Path, name: str, rows: Path, run: Path, *more: object) -> int:
+    config = sample_data / "configs" / name
+    model = config if (config / "config.json").is_file() else sample_data / "models" / name
+    told = ("--config", config / "train.toml", "-m", model, "--max-steps", 2, "--num-workers", 0, "--quiet")
+    return mmcli([str(one) for one in ("finetune", rows, "--val", rows, "-o", run, *told, *more)])
+
+
+def test_digits_start_from_their_configuration(sample_data: Path, sounds: Path, tmp_path: Path) -> None:
+    """Without weights; with sounds shorter than a mask; and what comes out loads."""
+    assert start(sample_data, "digits", sounds, tmp_path / "run") == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (told["complete"], told["steps"]) == (True, 2)
+    classified = tmp_path / "labels.jsonl"
+    assert mmcli(["classify", str(sounds), "-m", str(tmp_path / "run" / "best"), "-o", str(classified)]) == 0
+    assert {json.loads(line)["label"] for line in classified.read_text().splitlines()} <= {"0", "1"}
+
+
+def test_every_configuration_names_its_architecture(sample_data: Path) -> None:
+    """As a user at the top of the repository runs it."""
+    found = sorted((sample_data / "configs").glob("*/train.toml"))
+    assert found
+    for path in found:
+        model = sample_data.parent / tomllib.loads(path.read_text(encoding="utf-8"))["model"]
+        assert (model / "config.json").is_file(), path
+
+
+def test_weights_are_missed_unless_from_config(
+    sample_data: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(sample_data / "configs" / "digits", tmp_path / "copy")
+    asked = ["finetune", str(sounds), "--val", str(sounds), "-m", str(copy), "-o", str(tmp_path / "run")]
+    assert mmcli(asked) == 2
+    assert "there are no weights" in capsys.readouterr().err
+    assert mmcli([*asked, "--from-config", "--max-steps", "1", "--num-workers", "0", "--quiet"]) == 0
+    # Nothing else takes it for a model.
+    assert mmcli(["classify", str(sounds), "-m", str(copy)]) == 2
