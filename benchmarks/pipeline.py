@@ -2,9 +2,15 @@
 
     python benchmarks/pipeline.py --kind png --rows 1000000
     python benchmarks/pipeline.py --kind text --rows 10000000
+    python benchmarks/pipeline.py --cost [--kind text]
 
 Prints rows per second, the split by stage, and the memory of the main process and of the decode workers as the
 run goes on. Pictures are PNGs of 8x8 and 16x16 pixels, inline in a Parquet manifest; texts have 10 to 60 letters.
+
+--cost prints what a row costs at 1,000, 100,000 and 1,000,000 rows: processor time of all processes since all is
+imported, less that of a run of one row (late imports, finalising), less what the row's work takes by itself, in a
+bare loop in a process for each core: Pillow's decoding, and the null model's arithmetic. What remains is mmcli's
+own. The start is told apart.
 """
 
 from __future__ import annotations
@@ -12,7 +18,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,11 +28,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from mmcli.models.fake import FakeProcessor
 
 GROUP_ROWS = 50_000
 PART_ROWS = 50_000
@@ -72,6 +83,76 @@ def pure_decode_s(rows: int = 20_000) -> float:
     for i in range(rows):
         np.asarray(Image.open(io.BytesIO(data[i % 2000])).convert("RGB"))
     return (time.perf_counter() - start) / rows
+
+
+def bare_s(kind: str) -> float:
+    """Processor seconds of one row's work alone, in a loop, in as many processes as a run has workers."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(len(os.sched_getaffinity(0))) as pool:
+        return statistics.mean(pool.map(_bare_s, [kind] * len(os.sched_getaffinity(0)), chunksize=1))
+
+
+def _bare_s(kind: str) -> float:
+    process = FakeProcessor(8, obey=False)
+    rows = KINDS[kind](2000, 0).column(0).to_pylist()
+    best = 1e9
+    for _ in range(8):
+        start = time.process_time()
+        for value in rows:
+            if kind == "png":
+                process("image", np.asarray(Image.open(io.BytesIO(value)).convert("RGB")))
+            else:
+                process("text", value)
+        best = min(best, time.process_time() - start)
+    return best / len(rows)
+
+
+class Spent(NamedTuple):
+    """Of one run. Processor seconds of the main process until the first row is read, and from then on, and of the
+    workers; wall seconds of all, and until the first row was decoded."""
+
+    start: float
+    main: float
+    workers: float
+    wall: float
+    until_first: float
+
+
+def spent(manifest: Path, scratch: Path) -> Spent:
+    out = scratch / f"out-{time.monotonic_ns()}.parquet"
+    report, _, _ = run(manifest, out, ["--part-rows", str(PART_ROWS)])
+    out.unlink()
+    cpu = report["cpu_s"]
+    return Spent(
+        cpu["start"], cpu["main"] - cpu["start"], cpu["workers"], report["wall_s"], report["first_decoded_s"]
+    )
+
+
+def cost(kind: str, folder: Path, sizes: list[int], repeats: int) -> None:
+    """Print the table: the least of several runs of each size, since whatever else the machine does only adds."""
+    print(f"{kind}, load {os.getloadavg()[0]:.1f}")
+    alone = bare_s(kind) * 1e6
+    manifests = {rows: folder / f"{kind}-{rows}.parquet" for rows in (1, *sizes)}
+    for rows, path in manifests.items():
+        if not path.exists():
+            make_manifest(path, kind, rows)
+    one = least([spent(manifests[1], folder) for _ in range(repeats)])
+    print(f"start: {one.start:.2f} s of processor time, first row after {one.until_first:.2f} s")
+    print(f"a row's work alone: {alone:.1f} us")
+    for rows in sizes:
+        found = least([spent(manifests[rows], folder) for _ in range(repeats if rows < 1_000_000 else 1)])
+        main, workers = (
+            (x - y) / (rows - 1) * 1e6 for x, y in ((found.main, one.main), (found.workers, one.workers))
+        )
+        per_s = rows / (found.wall - found.until_first)
+        print(
+            f"{rows:>9,} rows: main {main:.1f} us + workers {workers:.1f} us a row; "
+            f"mmcli's own {main + workers - alone:.1f} us; {per_s:,.0f} rows/s"
+        )
+
+
+def least(runs: list[Spent]) -> Spent:
+    return Spent(*map(min, zip(*runs, strict=True)))
 
 
 @dataclass
@@ -141,11 +222,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="text")
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--cost", action="store_true", help="what a row costs, at several sizes")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 100_000, 1_000_000], help="of --cost")
+    parser.add_argument("--repeats", type=int, default=5, help="of --cost; a million rows run once")
     parser.add_argument("--folder", type=Path, help="keep the manifest here, for the next time")
     parser.add_argument("options", nargs="*", help="of mmcli embed, after --")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
+        if arguments.cost:
+            cost(arguments.kind, folder, arguments.sizes, arguments.repeats)
+            return
         manifest = folder / f"{arguments.kind}-{arguments.rows}.parquet"
         if not manifest.exists():
             make_manifest(manifest, arguments.kind, arguments.rows)

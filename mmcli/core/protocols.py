@@ -184,7 +184,11 @@ class Pending(Protocol):
 
 
 class Task(Protocol):
-    """What the user asks for: which columns a Result has."""
+    """What the user asks for: which columns a Result has.
+
+    One that makes many rows faster than one at a time also has `results(records, samples, outputs)`: what `result`
+    gives for each of several records, none of which has failed before.
+    """
 
     @property
     def name(self) -> str: ...

@@ -198,9 +198,11 @@ class Report:
             "committed": self.committed,
             "wall_s": round(wall, 3),
             "rows_per_s": round(self.done / wall, 2) if wall else None,
+            "first_decoded_s": None if self.first_decoded_s is None else round(self.first_decoded_s, 3),
             "first_result_s": None if self.first_result_s is None else round(self.first_result_s, 3),
             "seconds": {s: round(self.seconds[s], 3) for s in STAGES if self.seconds[s]},
             "busy": {lane: _rounded(stages) for lane, stages in self.shares().items()},
+            "cpu_s": self._cpu_by_process(),
             "cores_busy": round(self.cores_busy(), 3),
             "steady_rows_per_s": None if steady is None else round(steady[0] / steady[1], 2),
             "waited": {"input": round(self.seconds["wait"], 3), "writer": round(self.seconds["write_wait"], 3)},
@@ -212,6 +214,12 @@ class Report:
             "limited_by": self.limited_by(),
             "notes": self.notes,
         }
+
+    def _cpu_by_process(self) -> dict[str, float]:
+        """Processor seconds: of this process, before the lanes began and in all, and of the workers since then."""
+        start = None if self._begun is None else self._begun.cpu_s
+        found = {"start": start, "main": time.process_time(), "workers": self.workers_cpu_s}
+        return {what: round(seconds, 4) for what, seconds in found.items() if seconds is not None}
 
 
 def _rounded(shares: dict[str, float]) -> dict[str, float]:

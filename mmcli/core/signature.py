@@ -42,7 +42,10 @@ def signature(record: Record, digest_inline: bool = True) -> bytes | None:
         if digest_inline and data is not None:
             inline.append(data)
     # repr of str, bytes, int, float, Decimal, date, list and dict tells every value apart.
-    digest = blake2b(repr(described).encode("utf-8", "surrogatepass"), digest_size=16)
+    text = repr(described).encode("utf-8", "surrogatepass")
+    if len(inline) == 1 and len(text) + len(inline[0]) <= _UNLOCKED:
+        return blake2b(text + inline[0], digest_size=16).digest()
+    digest = blake2b(text, digest_size=16)
     for data in inline:
         if len(data) > _LONG:
             digest.update(data)

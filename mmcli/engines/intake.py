@@ -176,6 +176,9 @@ def _split(
     ready: list[Arrived], wanted: list[Record], block_rows: int
 ) -> Iterator[tuple[list[Arrived], list[Record]]]:
     """Consecutive rows, cut so that none is handed on before the rows in front of it. At least one piece."""
+    if not ready and len(wanted) <= block_rows and sum(map(_encoded_bytes, wanted)) <= BLOCK_BYTES:
+        yield ready, wanted
+        return
     ready = sorted(ready, key=lambda row: row.record.row, reverse=True)
     block: list[Record] = []
     size = 0

@@ -43,16 +43,25 @@ class Layout:
 
     def batch(self, results: Sequence[Result]) -> pa.RecordBatch:
         """Consecutive results as one record batch."""
-        errors: list[RowError | None] = [r.error for r in results]
         columns = [
             pa.array([r.record.id for r in results], pa.string()),
             pa.array([r.record.path for r in results], pa.string()),
             pa.array([r.modality for r in results], pa.string()),
             *self.task.columns(results, self.task_fields),
             *(pa.array([r.record.keep[i] for r in results], f.type) for i, f in enumerate(self.keep)),
-            pa.array(["error" if e else "ok" for e in errors], pa.string()),
-            pa.array([e.code if e else None for e in errors], pa.string()),
-            pa.array([e.stage if e else None for e in errors], pa.string()),
-            pa.array([e.message if e else None for e in errors], pa.string()),
+            *_states([r.error for r in results]),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+
+def _states(errors: Sequence[RowError | None]) -> list[pa.Array]:
+    """The columns status, error_code, error_stage and error_message."""
+    if not any(errors):
+        nothing = pa.nulls(len(errors), pa.string())
+        return [pa.repeat(pa.scalar("ok", pa.string()), len(errors)), nothing, nothing, nothing]
+    return [
+        pa.array(["error" if e else "ok" for e in errors], pa.string()),
+        pa.array([e.code if e else None for e in errors], pa.string()),
+        pa.array([e.stage if e else None for e in errors], pa.string()),
+        pa.array([e.message if e else None for e in errors], pa.string()),
+    ]

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import ModelPlan, Processor, RecordProcessor
 from mmcli.core.records import DecodeOptions, Media, Modality, Sample
 from mmcli.media import transport
+from mmcli.media.packing import Packed, pack
 
 Outcome = Sample | RowError
 # What a worker is told of a record: its media and its `variables`.
@@ -86,7 +87,7 @@ class Answer:
     """
 
     block: int
-    outcomes: list[tuple[Outcome, ...]]
+    outcomes: Sequence[tuple[Outcome, ...]] | Packed
     decode_s: float
     process_s: float
     cpu_s: float = 0.0
@@ -198,8 +199,7 @@ def _serve(decoder: BlockDecoder, sock: socket.socket, cell: Cell) -> None:
             number, records = transport.receive(sock)
             answer = decoder.block(number, records, cell)
             before, used = used, time.process_time()
-            answer.cpu_s = used - before
-            transport.send(sock, answer)
+            transport.send(sock, replace(answer, outcomes=pack(answer.outcomes), cpu_s=used - before))
         except (EOFError, OSError):
             return
 

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from mmcli.core.errors import RowError
+from mmcli.core.records import Sample
+from mmcli.media.packing import Outcomes, Packed, pack, unpack
+
+
+def tokens(length: int, **more: object) -> tuple[Sample]:
+    arrays = {"input_ids": np.arange(length), "attention_mask": np.ones(length, np.int8)}
+    return (Sample("text", arrays, length=length, group=(length, "x"), **more),)  # type: ignore[arg-type]
+
+
+def picture(*shape: int) -> tuple[Sample]:
+    return (Sample("image", {"pixel_values": np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)}, cost=2),)
+
+
+def same(found: Outcomes, wanted: Outcomes) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert len(one) == len(other)
+        for sample, model in zip(one, other, strict=True):
+            if isinstance(model, RowError):
+                assert (sample.code, sample.message) == (model.code, model.message)  # type: ignore[union-attr]
+                continue
+            assert isinstance(sample, Sample)
+            for name in ("modality", "length", "group", "cost"):
+                assert getattr(sample, name) == getattr(model, name)
+            assert list(sample.arrays) == list(model.arrays)
+            for name, array in model.arrays.items():
+                assert isinstance(sample.arrays[name], np.ndarray)
+                assert sample.arrays[name].dtype == array.dtype
+                assert np.array_equal(sample.arrays[name], array)
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        [tokens(n) for n in (3, 1, 0, 7)],
+        [tokens(4)] * 3,
+        [tokens(0), tokens(0)],
+        [picture(3, 4, 5), picture(3, 4, 5)],
+        [picture(3, 4, 5), picture(3, 2, 5)],
+        [(Sample("text", {"score": np.array(n, np.float32)}),) for n in range(3)],
+    ],
+    ids=["lengths", "equal", "empty", "pictures", "sizes", "numbers"],
+)
+def test_what_is_packed_comes_out_as_it_was(outcomes: Outcomes) -> None:
+    packed = pack(outcomes)
+    assert isinstance(packed, Packed)
+    same(unpack(pickle.loads(pickle.dumps(packed))), outcomes)
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        [],
+        [tokens(3)],
+        [tokens(3), (RowError("corrupt", "broken"),)],
+        [tokens(3), (*tokens(2), *tokens(4))],
+        [tokens(3), picture(2)],
+        [picture(3, 4), (Sample("image", {"pixel_values": np.zeros((3, 4), np.float32)}),)],
+        [picture(3, 64, 64), picture(3, 64, 64)],
+    ],
+    ids=["none", "one", "error", "several", "modalities", "dtypes", "large"],
+)
+def test_what_is_not_alike_stays_as_it_is(outcomes: Outcomes) -> None:
+    assert pack(outcomes) is outcomes
+    same(unpack(outcomes), outcomes)
