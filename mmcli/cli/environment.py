@@ -15,7 +15,7 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 # What keeps libraries from talking on stderr, which is for our lines; --debug leaves it out.
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def prepare_environment(*, offline: bool, debug: bool, log_file: Path | None) -> None:

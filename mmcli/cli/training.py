@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmcli import __version__
 from mmcli.cli import parse
@@ -26,19 +27,26 @@ from mmcli.cli.options import (
 from mmcli.cli.parse import Problems
 from mmcli.cli.signals import Signals
 from mmcli.core.durable import make_folder, output_errors, read_json, remove, write_durably, write_json
-from mmcli.core.errors import ExitCode, StateMismatch
+from mmcli.core.errors import ConfigError, ExitCode, MmcliError, StateMismatch, Stopped
 from mmcli.core.job import Job, differences
+from mmcli.core.ranks import launched
 from mmcli.core.records import MODALITIES, Record
 
 if TYPE_CHECKING:
+    import torch
+
     from mmcli.models.options import ModelOptions
+    from mmcli.sinks.lock import Lock
+    from mmcli.training.checkpoints import Progress
     from mmcli.training.contrastive import Contrastive
     from mmcli.training.data import Row
+    from mmcli.training.devices import Devices
     from mmcli.training.fusion import FusionNetwork
     from mmcli.training.loop import Trainer
     from mmcli.training.objective import Objective
     from mmcli.training.options import TrainOptions
 
+T = TypeVar("T")
 RUN_FILE, CONFIG_FILE, CURVES_FILE = "run.json", "config.toml", "curves.png"
 MISSING_POLICIES = ("error", "drop", "mask")
 
@@ -68,12 +76,18 @@ def execute_training(
     messages: MessageArguments,
 ) -> int:
     """Check the whole command, then run it. Says how it ended, and returns the exit code."""
+    rank, _ = launched(os.environ)
+    if rank > 0:
+        # Of several processes the first one talks.
+        messages = replace(messages, quiet=True, log_file=None)
     given = Given(inputs, model, training, optimization, run, messages)
     prepare_environment(offline=model.offline, debug=messages.debug, log_file=messages.log_file)
     told = Messages(quiet=messages.quiet, log_file=messages.log_file)
     signals = Signals()
     with signals.catching():
-        outcome = guard(lambda: _execute(given, told, signals), debug=messages.debug)
+        outcome = guard(lambda: _said_once(lambda: _execute(given, told, signals), rank), debug=messages.debug)
+    if rank > 0:
+        return outcome.exit_code
     known = read_json(Path(run.output) / RUN_FILE) if run.output is not None and outcome.reason is None else None
     facts = {name: (known or {}).get(name) for name in ("metric", "best", "best_step", "steps")}
     last = json.dumps({"output": run.output, "exit_code": outcome.exit_code, "error": outcome.reason, **facts})
@@ -83,23 +97,52 @@ def execute_training(
     return outcome.exit_code
 
 
+def _said_once(function: Callable[[], int], rank: int) -> int:
+    """Call it; what the first process says, too, ends the others without a word."""
+    try:
+        return function()
+    except MmcliError as error:
+        if rank == 0 or not (error.shared or isinstance(error, Stopped)):
+            raise
+        return int(error.exit_code)
+
+
 def _execute(given: Given, messages: Messages, signals: Signals) -> int:
     from mmcli.sinks.lock import Lock
+    from mmcli.training.devices import open_devices
 
     with signals.heard():
-        command = _check(given, messages)
-    run = command.run
-    with output_errors(run):
-        make_folder(run)
-    lock = Lock([run])
-    lock.acquire()
-    try:
-        if _is_complete(command, given.run.overwrite, messages):
-            return ExitCode.OK
-        _train(given, command, messages, signals)
-    finally:
-        lock.release()
+        devices = open_devices(given.model.device)
+        command = devices.each(lambda: _heard(signals, lambda: _check(given, messages)))
+        jobs = devices.gather(command.job.to_dict())
+        devices.each(lambda: _same(jobs))
+        lock = Lock([command.run])
+        devices.first(lambda: _take(lock))
+        try:
+            if not devices.first(lambda: _is_complete(command, given.run.overwrite, messages)):
+                _train(given, command, messages, signals, devices)
+        finally:
+            lock.release()
     return ExitCode.OK
+
+
+def _heard(signals: Signals, function: Callable[[], T]) -> T:
+    with signals.heard():
+        return function()
+
+
+def _take(lock: Lock) -> None:
+    folder = lock.path.parent
+    with output_errors(folder):
+        make_folder(folder)
+    lock.acquire()
+
+
+def _same(jobs: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigError unless all processes are to do the same."""
+    for rank, job in enumerate(jobs):
+        if changed := differences(jobs[0], job):
+            raise ConfigError(f"process {rank} is not of the same run as process 0: {'; '.join(changed[:8])}")
 
 
 # ------------------------------------------------------------------------------------------ checking
@@ -143,7 +186,7 @@ def _check(given: Given, messages: Messages) -> Command:
     inputs = {"train": train.digest, "val": val.digest, "rows": len(train.records), "val_rows": len(val.records)}
     inputs["labels"] = digest_of(train.labels + val.labels)
     job = Job("finetune", objective.plan.describe(), told, inputs)
-    automatic = max(1, min(8, parse.available_cores()))
+    automatic = max(1, min(8, parse.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return Command(
         train, val, objective, options, job, run,
         automatic if workers is None else workers, timeout_s or 0.0, checkpoint_s or 0.0, time_limit_s,
@@ -304,18 +347,14 @@ def _is_complete(command: Command, overwrite: bool, messages: Messages) -> bool:
     return False
 
 
-def _train(given: Given, command: Command, messages: Messages, signals: Signals) -> None:
-    import torch
-
-    from mmcli.models.device import choose_device
+def _train(given: Given, command: Command, messages: Messages, signals: Signals, devices: Devices) -> None:
     from mmcli.training.augment import AUGMENTS
     from mmcli.training.data import MaskedMedia, Rows
-    from mmcli.training.log import draw_curves, read_metrics
     from mmcli.training.loop import Data, Events, RunLimits, Trainer
 
-    with signals.heard():
-        train, val = _preflight(given, command, messages)
-        _write_config(given, command)
+    used = devices.first(lambda: _heard(signals, lambda: _preflight(given, command, messages)))
+    train, val = _rows(command, command.train, used["INPUT"]), _rows(command, command.val, used["--val"])
+    devices.first(lambda: _write_config(given, command))
     options, plan = command.options, command.objective.plan
     augment = AUGMENTS[options.augment]
     masked = MaskedMedia(messages.note) if given.training.missing_policy == "mask" else None
@@ -327,21 +366,29 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals)
     limits = RunLimits(command.num_workers, command.checkpoint_s, command.time_limit_s)
     progress = messages.training_progress()
     events = Events(progress.told, lambda: stop[0] if stop else None, messages.note, progress.stepped)
-    device = torch.device(choose_device(given.model.device)[0])
-    trainer = Trainer(command.run, command.objective, data, options, limits, events, device)
+    device = devices.device or _device(given, messages)
+    trainer = Trainer(command.run, command.objective, data, options, limits, events, device, devices)
     with signals.asking(stop.append), progress:
         reached = trainer.train()
-    with signals.heard():
-        _diagnose(command, trainer, messages)
+    devices.first(lambda: _heard(signals, lambda: _diagnose(command, trainer, messages)))
     if masked is not None:
+        for seen in devices.collect(masked.seen):
+            for (row, what), why in seen.items():
+                masked.add(row, what, why)
         masked.summary()
-    _finish(command, trainer, reached)
-    if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
-        messages.note("no curves.png: pip install 'mmcli[finetune]'")
-    where = f"at step {reached.best_step}"
-    if reached.averaged:
-        where = f"by the average of steps {', '.join(map(str, sorted(reached.averaged)))}"
-    messages.note(f"{command.run}/best: {command.objective.metric} {reached.best:.4f} {where} of {reached.step}")
+    devices.first(lambda: _finish(command, reached, messages))
+
+
+def _device(given: Given, messages: Messages) -> torch.device:
+    """That of a run of one process. Raises ModelError."""
+    import torch
+
+    from mmcli.models.device import choose_device
+
+    device = torch.device(choose_device(given.model.device)[0])
+    if given.model.device == "auto" and device.type == "cuda" and (count := torch.cuda.device_count()) > 1:
+        messages.note(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} -m mmcli ... uses all")
+    return device
 
 
 def _diagnose(command: Command, trainer: Trainer, messages: Messages) -> None:
@@ -386,7 +433,8 @@ def _diagnose_space(command: Command, trainer: Trainer, objective: Contrastive) 
     write_report(command.run, diagnose_space(objective.slots, a, b, groups.tolist(), Resampling()))
 
 
-def _finish(command: Command, trainer: Trainer, progress: Any) -> None:
+def _finish(command: Command, progress: Progress, messages: Messages) -> None:
+    from mmcli.training.log import draw_curves, read_metrics
     from mmcli.training.loop import CHECKPOINT, EVALUATED
 
     told = {
@@ -403,25 +451,30 @@ def _finish(command: Command, trainer: Trainer, progress: Any) -> None:
     with output_errors(command.run):
         for name in (CHECKPOINT, EVALUATED):
             remove(command.run / name)
+    if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
+        messages.note("no curves.png: pip install 'mmcli[finetune]'")
+    where = f"at step {progress.best_step}"
+    if progress.averaged:
+        where = f"by the average of steps {', '.join(map(str, sorted(progress.averaged)))}"
+    messages.note(f"{command.run}/best: {command.objective.metric} {progress.best:.4f} {where} of {progress.step}")
 
 
-def _preflight(given: Given, command: Command, messages: Messages) -> tuple[list[Row], list[Row]]:
-    from mmcli.cli.preflight import Preflight
+def _rows(command: Command, listed: Listed, used: dict[int, Record]) -> list[Row]:
     from mmcli.training.data import Row
 
-    recipe = RECIPES[command.objective.name]
+    targets = RECIPES[command.objective.name].targets(listed, command.objective)
+    return [Row(record.id, record.media, targets[n], record.variables) for n, record in used.items()]
 
-    def rows(listed: Listed, used: dict[int, Record]) -> list[Row]:
-        targets = recipe.targets(listed, command.objective)
-        return [Row(record.id, record.media, targets[n], record.variables) for n, record in used.items()]
+
+def _preflight(given: Given, command: Command, messages: Messages) -> dict[str, dict[int, Record]]:
+    from mmcli.cli.preflight import Preflight
 
     preflight = Preflight(command.objective.plan, command.num_workers, command.timeout_s, messages)
-    found = preflight.check(
+    return preflight.check(
         {"INPUT": command.train.records, "--val": command.val.records},
         read=given.training.preflight,
         policy=given.training.missing_policy,
     )
-    return rows(command.train, found["INPUT"]), rows(command.val, found["--val"])
 
 
 def _write_config(given: Given, command: Command) -> None:

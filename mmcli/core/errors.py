@@ -40,9 +40,13 @@ class ExitCode(IntEnum):
 
 
 class MmcliError(Exception):
-    """Base of all errors that end a run. `hint` says what to type next."""
+    """Base of all errors that end a run. `hint` says what to type next.
+
+    shared  all processes of the run raise it: the first one says it
+    """
 
     exit_code: ExitCode = ExitCode.INTERNAL
+    shared: bool = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

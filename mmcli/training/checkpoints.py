@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,29 +52,45 @@ class Parts:
     scaler: Any = None
 
 
-def save_checkpoint(folder: Path, parts: Parts, progress: Progress) -> None:
-    """Replace the checkpoint in `folder`, all or nothing. Raises OutputError."""
-    # Dropout draws from torch's generator, some models from numpy's and Python's.
-    drawn = {
+def seed_generators(seed: int) -> None:
+    """What dropout draws from (torch's generator), and some models (numpy's and Python's)."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """Where this process's generators are, those of `device` among them."""
+    return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": _numpy_state(),
         "python": list(random.getstate()[1]),
     }
+
+
+def save_checkpoint(folder: Path, parts: Parts, progress: Progress, drawn: Sequence[dict[str, Any]]) -> None:
+    """Replace the checkpoint in `folder`, all or nothing. Raises OutputError.
+
+    drawn  every process's generators, in order of rank
+    """
     state = {
         "model": parts.model.state_dict(),
         "optimizer": parts.optimizer.state_dict(),
         "average": parts.average.state if parts.average is not None else None,
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
         "progress": asdict(progress),
-        "generators": drawn,
+        "generators": list(drawn),
     }
     with output_errors(folder):
         swap_folder(folder, lambda target: torch.save(state, target / _FILE))
 
 
-def load_checkpoint(folder: Path, parts: Parts) -> Progress | None:
-    """Put the parts into the state of the checkpoint; None when there is none. Raises StateMismatch."""
+def load_checkpoint(folder: Path, parts: Parts, device: torch.device, rank: int = 0) -> Progress | None:
+    """Put the parts into the state of the checkpoint; None when there is none. Raises StateMismatch.
+
+    rank  whose generators this process goes on with; if there were fewer processes, it keeps its own
+    """
     old = folder.with_name(f".{folder.name}.old")
     found = next((place for place in (folder, old) if (place / _FILE).is_file()), None)
     if found is None:
@@ -87,19 +104,23 @@ def load_checkpoint(folder: Path, parts: Parts) -> Progress | None:
                 parts.average.state[name].copy_(tensor)
         if parts.scaler is not None:
             parts.scaler.load_state_dict(state["scaler"])
-        drawn = state["generators"]
-        torch.set_rng_state(drawn["torch"])
-        if drawn["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(drawn["cuda"])
-        name, keys, *rest = drawn["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        random.setstate((3, tuple(drawn["python"]), None))
+        if rank < len(state["generators"]):
+            _restore(state["generators"][rank], device)
         return Progress(**state["progress"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise StateMismatch(
             f"the checkpoint in {found} cannot be read: {one_line(str(error))}",
             hint="--overwrite begins anew",
         ) from error
+
+
+def _restore(drawn: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(drawn["torch"])
+    if drawn["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(drawn["cuda"], device)
+    name, keys, *rest = drawn["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate((3, tuple(drawn["python"]), None))
 
 
 def _numpy_state() -> list[Any]:

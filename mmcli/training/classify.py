@@ -203,6 +203,7 @@ class Classify:
     unimodal_loss: float = 0.0
     name: str = "classify"
     metric: str = "accuracy"
+    joint: bool = False
     _new: frozenset[str] = field(default=frozenset(), init=False)
     _host: Collator | None = field(default=None, init=False)
     _device: Collator | None = field(default=None, init=False)

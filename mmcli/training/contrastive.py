@@ -25,6 +25,8 @@ from mmcli.training.contrastive_loss import (
     clap_loss,
     clip_loss,
     freeze_batch_norm,
+    gather_with_grad,
+    processes,
     siglip_loss,
     unfreeze_logit_parameters,
     xclip_loss,
@@ -155,6 +157,7 @@ class Contrastive:
     measure_scores: MeasureScores | None = None
     name: str = "contrastive"
     metric: str = "r_at_1"
+    joint: bool = True
     _new: frozenset[str] = field(default=frozenset(), init=False)
     _host: Collator | None = field(default=None, init=False)
     _device: Collator | None = field(default=None, init=False)
@@ -212,9 +215,20 @@ class Contrastive:
     def step(self, model: nn.Module, pieces: Sequence[Piece], total: float, backward: Backward) -> float:
         """Of the whole batch, whatever the pieces; `total` is in the loss already."""
         freeze_batch_norm(model)
-        groups = torch.cat([piece.groups for piece in pieces]).to(self._place)
-        cache = GradCache(self._encode, self._encode, lambda a, b: self._loss(model, a, b, groups), backward)
-        return float(cache.step([piece.a for piece in pieces], [piece.b for piece in pieces]))
+        own = [piece.groups for piece in pieces] or [torch.zeros(0, dtype=torch.int64)]
+        groups = gather_with_grad(torch.cat(own).to(self._place))
+
+        def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self._loss(model, gather_with_grad(_exact(a)), gather_with_grad(_exact(b)), groups)
+
+        if pieces:
+            cache = GradCache(self._encode, self._encode, loss, backward)
+            found = cache.step([piece.a for piece in pieces], [piece.b for piece in pieces])
+        else:
+            nothing = torch.zeros(0, device=self._place)
+            found = loss(nothing, nothing)
+            backward(found)
+        return float(found) / processes()
 
     @property
     def _place(self) -> torch.device:
@@ -301,6 +315,11 @@ class Contrastive:
     def save(self, model: nn.Module, folder: Path) -> None:
         """What `-m folder` loads."""
         self.network.save(model, folder)
+
+
+def _exact(vectors: torch.Tensor) -> torch.Tensor:
+    """float32 at least, as the losses want them; so what a process without rows has is of the same type."""
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 def check_base(plan: Any, slots: Sequence[Modality]) -> None:

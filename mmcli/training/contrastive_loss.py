@@ -30,6 +30,8 @@ LOG_SCALES = ("logit_scale", "logit_scale_a", "logit_scale_t")
 TEMPERATURE, BIAS = "temperature", "logit_bias"
 # exp of it is the largest scale: Radford et al. 2021, section 2.5.
 MAXIMUM_LOG_SCALE = math.log(100)
+# Of what is gathered, beside its rows.
+_DIMENSIONS = 3
 
 Scale = torch.Tensor | float
 
@@ -177,11 +179,20 @@ def gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     with all others, which takes less memory (n N logits instead of N N), and gives the same gradients where all
     have the same n. open_clip without gather_with_grad loses a row's gradients from the other processes' losses.
     """
-    if not _distributed():
+    if processes() == 1:
         return tensor
-    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.full_like(counts[0], len(tensor)))
-    gathered: torch.Tensor = _Gather.apply(tensor, torch.cat(counts).tolist())  # type: ignore[no-untyped-call]
+    # How many rows, whether they learn, and how long they are: all that a process without rows does not know.
+    own = torch.tensor([len(tensor), tensor.requires_grad, *tensor.shape[1:]], device=tensor.device)
+    own = F.pad(own, (0, 2 + _DIMENSIONS - len(own)))
+    found = [torch.empty_like(own) for _ in range(processes())]
+    dist.all_gather(found, own)
+    counts, learns, *longest = torch.stack(found).T.tolist()
+    if not len(tensor):
+        tensor = tensor.reshape(0, *(max(sizes) for sizes in longest if any(sizes)))
+    if any(learns) and not tensor.requires_grad:
+        # Else one process would wait in its backward pass for another one that has none.
+        tensor = tensor.detach().requires_grad_(True)
+    gathered: torch.Tensor = _Gather.apply(tensor, counts)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -209,21 +220,27 @@ class _Gather(torch.autograd.Function):
 def average_gradients(model: nn.Module) -> None:
     """The mean of the processes' gradients, as DDP takes it; nothing to do where there is one process.
 
-    For gradients that were not made in the backward pass of DDP's own forward: those of `GradCache`.
+    For gradients that were not made in the backward pass of DDP's own forward: those of `GradCache`, and those of a
+    batch with fewer rows than processes. A process may lack gradients that others have.
     """
-    if not _distributed():
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if processes() == 1 or not learning:
         return
+    there = torch.tensor([p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device)
+    dist.all_reduce(there, op=dist.ReduceOp.MAX)
     pending = []
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad /= dist.get_world_size()
+    for parameter, known in zip(learning, there.tolist(), strict=True):
+        if known:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad /= processes()
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
     for work in pending:
         work.wait()
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 # --------------------------------------------------------------------------------------------------- GradCache

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcli.core.errors import MmcliError, ModelError, RowError
 from mmcli.core.protocols import ModelPlan
 from mmcli.core.records import Media, Modality, Payload, Sample
+from mmcli.media.worker import die_with_parent
 
 # (epoch, row): what a worker needs to know to make an item.
 Key = tuple[int, int]
@@ -58,21 +59,21 @@ class MaskedMedia:
     """What could not be read while a model learned, and counted as missing: the first are told, all are counted."""
 
     note: Callable[[str], None]
-    _seen: set[tuple[str, str]] = field(default_factory=set)
+    seen: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, row: str, what: str, why: str) -> None:
         """`what`: its modality, or "row" for all of it. Each one counts once, however often it is read."""
-        if (row, what) in self._seen:
+        if (row, what) in self.seen:
             return
-        self._seen.add((row, what))
-        if len(self._seen) <= _NAMED:
+        self.seen[row, what] = why
+        if len(self.seen) <= _NAMED:
             how = "cannot be read and is left out" if what == "row" else f"has no {what} that can be read"
             self.note(f"{row} {how}: {why}")
 
     def summary(self) -> None:
         """Tell how many there were beyond those that were named."""
-        if len(self._seen) > _NAMED:
-            self.note(f"{len(self._seen)} media or rows could not be read in training and counted as missing")
+        if len(self.seen) > _NAMED:
+            self.note(f"{len(self.seen)} media or rows could not be read in training and counted as missing")
 
 
 def each_alone(media: Sequence[Media]) -> Iterator[tuple[int, tuple[Media, ...]]]:
@@ -197,8 +198,7 @@ class Batches(Sampler[list[Key]]):
 
     start    the first step
     weights  rows are drawn with replacement by these, as many as there are; None: each comes once
-    rank, world  this process takes every `world`-th row of a batch; batches with fewer rows than processes are left
-                 out, as no process may be without one
+    rank, world  this process takes every `world`-th row of a batch; none of one with fewer rows than processes
     """
 
     def __init__(
@@ -215,8 +215,7 @@ class Batches(Sampler[list[Key]]):
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(self._rows, self._size)
-        return whole + (rest >= self._world)
+        return -(-self._rows // self._size)
 
     def order(self) -> np.ndarray:
         """Row numbers of the epoch, in order."""
@@ -248,16 +247,17 @@ def in_pieces(items: Sequence[Item], pieces: int) -> list[Sequence[Item]]:
 
 
 class InOrder(Sampler[list[Key]]):
-    """All rows, in order, for evaluation."""
+    """All rows, in order, for evaluation. Of several processes each takes every `world`-th batch."""
 
-    def __init__(self, rows: int, batch_size: int) -> None:
+    def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self._rows, self._size = rows, batch_size
+        self._rank, self._world = rank, world
 
     def __len__(self) -> int:
-        return -(-self._rows // self._size)
+        return len(range(self._rank, -(-self._rows // self._size), self._world))
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for start in range(0, self._rows, self._size):
+        for start in range(self._rank * self._size, self._rows, self._size * self._world):
             yield [(0, row) for row in range(start, min(start + self._size, self._rows))]
 
 
@@ -283,6 +283,9 @@ class _Checked:
     collate: Collate
 
     def __call__(self, items: Sequence[Item | tuple[int, RowError]]) -> Any:
+        if not items:
+            # This process's part of a batch with fewer rows than processes.
+            return []
         good = [item for item in items if isinstance(item, Item)]
         bad = [(self.rows.rows[item[0]].id, item[1]) for item in items if isinstance(item, tuple)]
         if bad and (self.rows.masked is None or not good):
@@ -332,9 +335,11 @@ def load(rows: Rows, batches: Sampler[list[Key]], collate: Collate, num_workers:
 
 def _init_worker(number: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal; the main one decides what to do.
+    # Ctrl-C reaches all processes of a terminal, and torchrun's SIGTERM those of a group; the main one decides what
+    # to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()
 
 
 def class_weights(targets: Sequence[int]) -> np.ndarray:

@@ -20,10 +20,12 @@ class Objective(Protocol):
     name    "classify", ...
     plan    what decodes and processes rows
     metric  the validation metric that the best is chosen by
+    joint   the loss is of the rows of all processes together, and so the same in all of them
     """
 
     name: str
     metric: str
+    joint: bool
 
     @property
     def plan(self) -> ModelPlan: ...
@@ -47,7 +49,9 @@ class Objective(Protocol):
     def step(self, model: torch.nn.Module, pieces: Sequence[Any], total: float, backward: Backward) -> float:
         """Gradients of the batch's loss, whatever the pieces; returns this process's part of the loss.
 
-        total  what sums are divided by
+        pieces    none, where the batch has fewer rows than there are processes: then only joint losses are asked
+        total     what sums are divided by: the count of all processes
+        backward  called once for each piece, or once for all of them
         """
         ...
 

@@ -114,6 +114,7 @@ class Write:
     from_config: bool = False
     name: str = "caption"
     metric: str = "exact_match"
+    joint: bool = False
     _runner: Any = field(default=None, init=False)
     _host: Any = field(default=None, init=False)
     _new: frozenset[str] = field(default=frozenset(), init=False)

@@ -17,6 +17,7 @@ from mmcli.models.checkpoint import open_checkpoint
 from mmcli.models.options import ModelOptions
 from mmcli.training.classify import Classify, EncoderNetwork, classification_plan
 from mmcli.training.data import Row, Rows
+from mmcli.training.devices import Devices
 from mmcli.training.loop import Data, Events, RunLimits, Trainer
 from mmcli.training.options import TrainOptions
 
@@ -106,10 +107,12 @@ def trainer_of(
     stop: Any = None,
     told: Any = None,
     augment: Any = None,
+    devices: Devices | None = None,
     **limits: Any,
 ) -> Trainer:
     run.mkdir(parents=True, exist_ok=True)
     data = Data(Rows(train, objective.plan, options.seed, augment), Rows(val, objective.plan, options.seed))
     events = Events(told or (lambda line: None), stop or (lambda: None))
     settings = RunLimits(**{"num_workers": 0, **limits})
-    return Trainer(run, objective, data, options, settings, events, torch.device("cpu"))
+    device = torch.device("cpu")
+    return Trainer(run, objective, data, options, settings, events, device, devices or Devices())
