@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RUN_FILE, CONFIG_FILE, CURVES_FILE = "run.json", "config.toml", "curves.png"
 MISSING_POLICIES = ("error", "drop", "mask")
+# Between lines on how far the diagnostics are.
+ANSWERS_S = 30.0
 
 
 @dataclass(slots=True)
@@ -406,17 +409,39 @@ def _diagnose(command: Command, trainer: Trainer, messages: Messages) -> None:
 
 
 def _diagnose_fusion(command: Command, trainer: Trainer, fusion: FusionNetwork, messages: Messages) -> None:
-    from mmcli.evaluation.diagnostics import DiagnosticOptions, Rows, diagnose
+    from mmcli.evaluation.diagnostics import DRAWN_ROWS, DiagnosticOptions, Rows, answers_needed, diagnose
     from mmcli.evaluation.diagnostics_report import sentences, write_report
+    from mmcli.training.data import InOrder, load
     from mmcli.training.fusion import recombined
 
-    messages.note("asking the best model what it makes of each modality")
-    model = recombined(command.run / "best", command.objective, trainer.validation_batches(), trainer.device)
-    rows = Rows(tuple(fusion.encoders), model.targets, model.present)
-    found = diagnose(model, rows, DiagnosticOptions())
+    objective, whole = command.objective, trainer.data.val
+    val, modalities = whole.drawn(DRAWN_ROWS), tuple(fusion.encoders)
+    options = DiagnosticOptions.affordable(len(val))
+    needed = answers_needed(len(val), len(modalities), options)
+    messages.note(f"asking the best model what it makes of each modality: {needed:,} answers, of {len(val):,} rows")
+    order = InOrder(len(val), command.options.batch_size)
+    pieces = load(val, order, lambda items: objective.collate(items, 1), command.num_workers)
+    model = recombined(command.run / "best", objective, pieces, trainer.device)
+    rows = Rows(modalities, model.targets, model.present, len(whole))
+    found = diagnose(model, rows, options, _Answers(messages))
     write_report(command.run, found)
     for sentence in sentences(found):
         messages.note(sentence)
+
+
+class _Answers:
+    """Says how many answers were given, every half minute."""
+
+    def __init__(self, messages: Messages) -> None:
+        self._messages, self._began = messages, time.monotonic()
+        self._last = self._began
+
+    def __call__(self, done: int, needed: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= ANSWERS_S and done < needed:
+            self._last = now
+            left = (now - self._began) / done * (needed - done)
+            self._messages.note(f"{done:,} of {needed:,} answers, about {left / 60:.1f} minutes to go")
 
 
 def _diagnose_space(command: Command, trainer: Trainer, objective: Contrastive) -> None:

@@ -62,8 +62,9 @@ def _scores(scores: Sequence[Score]) -> dict[str, dict[str, float | None]]:
 
 def lines(diagnosis: Diagnosis) -> list[str]:
     """Tables, and what they say."""
+    drawn = f", drawn of {diagnosis.drawn_from:,}" if diagnosis.drawn_from > diagnosis.rows else ""
     return [
-        f"{diagnosis.rows:,} rows; numbers with their 95 % intervals",
+        f"{diagnosis.rows:,} rows{drawn}; numbers with their 95 % intervals",
         "",
         *table(_whole(diagnosis)),
         "",

@@ -121,6 +121,14 @@ class Rows(Dataset[Any]):
             found, lost = self._without_unreadable(key, found)
         return (index, found) if isinstance(found, RowError) else Item(index, found, row.target, lost)
 
+    def drawn(self, most: int) -> Rows:
+        """All of them, or so many, drawn at random but always the same, in order."""
+        if len(self.rows) <= most:
+            return self
+        places = np.sort(np.random.default_rng(self._seed).permutation(len(self.rows))[:most])
+        rows = [self.rows[int(place)] for place in places]
+        return Rows(rows, self._plan, self._seed, self._augment, self._dropout, self.masked)
+
     def _read(self, key: Key, media: tuple[Media, ...]) -> tuple[Sample, ...] | RowError:
         epoch, index = key
         if self._processor is not None:

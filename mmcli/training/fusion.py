@@ -95,7 +95,7 @@ def recombined(folder: Path, objective: Any, pieces: Iterable[Any], device: torc
 
 
 # Rows that are put together at once.
-_ROWS = 256
+_ROWS = 128
 
 
 class Recombined:
@@ -153,7 +153,9 @@ class Recombined:
         found, counts = tokens[rows].clone(), mask[rows].clone()
         found[~there, 0], counts[~there] = self._missing[m].to(found.dtype), False
         counts[:, 0] = True
-        return found, counts
+        # Padding behind all of these rows is left out: a masked picture is one token instead of 50.
+        longest = int(counts.any(dim=0).nonzero().max()) + 1
+        return found[:, :longest], counts[:, :longest]
 
 
 def _joined(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -294,6 +294,21 @@ def test_how_much_is_asked(rows: int, modalities: int) -> None:
 
     diagnose(predict, Rows(NAMES[:modalities], np.zeros(rows, np.int64)), NO_INTERVALS)
     assert asked == diagnostics.answers_needed(rows, modalities, NO_INTERVALS)
+
+
+@pytest.mark.parametrize("rows", [20, 300, 2000])
+def test_after_training_the_answers_are_few(rows: int) -> None:
+    """At most 24 for each row of two modalities; it is told how far it is, to the last."""
+    options = replace(DiagnosticOptions.affordable(rows), resampling=Resampling(replicates=0))
+    needed = diagnostics.answers_needed(rows, 2, options)
+    assert needed <= 24 * rows
+    predict, told = table(1, (rows, 2)), list[tuple[int, int]]()
+    given = Rows(NAMES[:2], np.arange(rows) % 3, drawn_from=5 * rows)
+    found = diagnose(predict, given, options, lambda done, of: told.append((done, of)))
+    assert told[-1] == (needed, needed)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert all(later[0] - sooner[0] <= diagnostics.BLOCK_ROWS for sooner, later in pairwise(told))
+    assert (found.rows, found.drawn_from) == (rows, 5 * rows)
 
 
 def test_the_seed_decides() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,15 @@ def noisy(weights: dict[str, tuple[float, float]], rows: int = 300) -> tuple[Pre
 def told(weights: dict[str, tuple[float, float]], rows: int = 300, replicates: int = 300) -> str:
     options = DiagnosticOptions(Resampling(replicates), permutations=3, additive_rows=50)
     return "\n".join(sentences(diagnose(*noisy(weights, rows), options)))
+
+
+def test_rows_that_were_drawn_are_told() -> None:
+    predict, rows = noisy({"image": (0.9, 1.0), "text": (0.9, 1.0)}, 100)
+    options = DiagnosticOptions(Resampling(0), permutations=2, additive_rows=20)
+    assert lines(diagnose(predict, rows, options))[0] == "100 rows; numbers with their 95 % intervals"
+    found = diagnose(predict, replace(rows, drawn_from=4000), options)
+    assert lines(found)[0] == "100 rows, drawn of 4,000; numbers with their 95 % intervals"
+    assert (to_dict(found)["rows"], to_dict(found)["drawn_from"]) == (100, 4000)
 
 
 def test_a_modality_that_is_leaned_on() -> None:

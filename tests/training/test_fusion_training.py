@@ -166,7 +166,7 @@ def test_modality_dropout_leaves_one(tmp_path: Path, bases: dict[str, Path]) -> 
     assert counts[(True, True)] / 360 == pytest.approx(0.25, abs=0.08)
 
 
-def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
+def test_classify_gives_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the command, some rows without a medium: accuracy and loss of the best step."""
     from mmcli.cli.boundary import run as mmcli
 
@@ -185,6 +185,7 @@ def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
     more += ["--unimodal-loss", "0.3"]
     train, val = str(tmp_path / "train.jsonl"), str(tmp_path / "val.jsonl")
     assert mmcli(["finetune", train, "--val", val, *columns, *encoders, *more, "-o", str(run)]) == 0
+    said = capsys.readouterr().err
     assert mmcli(["classify", val, *columns, "-m", str(run / "best"), "--keep", "truth=label", "-o", str(out)]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     told = json.loads((run / "run.json").read_text())
@@ -195,6 +196,8 @@ def test_classify_gives_what_was_measured(tmp_path: Path) -> None:
     diagnosis = json.loads((run / "diagnostics.json").read_text())
     assert diagnosis["accuracy"]["value"] == pytest.approx(best["val_accuracy"])
     assert set(diagnosis["modalities"]) == {"image", "text"}
+    assert (diagnosis["rows"], diagnosis["drawn_from"]) == (10, 10)
+    assert "asking the best model what it makes of each modality: 231 answers, of 10 rows" in said
     scores = [{one["label"]: one["score"] for one in row["top_k"]}[row["truth"]] for row in found]
     assert -np.mean(np.log(scores)) == pytest.approx(best["val_loss"], rel=1e-4)
 
@@ -264,6 +267,15 @@ def test_what_can_be_read_no_more_counts_as_missing(tmp_path: Path, bases: dict[
     ]  # fmt: skip
     with pytest.raises(UnreadableRow, match="2: not_found"):
         list(load(Rows(rows, objective.plan, 0), order, lambda items: items, workers))  # type: ignore[arg-type]
+
+
+def test_rows_that_are_drawn(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """The same ones each time, in order; all where they are few."""
+    data = Rows(rows_of(tmp_path / "images", 9), network_of(bases).plan, 0)
+    assert data.drawn(9) is data
+    found = [row.id for row in data.drawn(4).rows]
+    assert len(found) == 4
+    assert found == sorted(found) == [row.id for row in data.drawn(4).rows]
 
 
 def test_rows_put_together_anew(tmp_path: Path, bases: dict[str, Path]) -> None:
