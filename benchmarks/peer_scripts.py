@@ -154,7 +154,8 @@ def pipeline_texts(data: str, model_path: str, dtype: torch.dtype) -> Vectors:
     from transformers import pipeline
 
     pipe = pipeline("feature-extraction", model=model_path, dtype=dtype, device=DEVICE)
-    found = pipe(read_texts(data), batch_size=BATCH_SIZE, return_tensors=True, truncation=True)
+    texts = (text for text in read_texts(data))
+    found = pipe(texts, batch_size=BATCH_SIZE, return_tensors=True, truncation=True)
     # [tokens, D] of one text, padding and all: a user of a pipeline has no mask to leave it out by.
     for rows in in_batches(row[0].mean(0) for row in found):
         yield torch.stack(rows)
