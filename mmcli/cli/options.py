@@ -115,6 +115,10 @@ class ModelArguments:
     allow_pickle: Annotated[
         bool, _option(MODEL, "--allow-pickle", None, "Load weights that are not safetensors (can run code).")
     ] = False
+    base_model: Annotated[
+        str | None,
+        _option(MODEL, "--base-model", "MODEL", "Of an adapter (peft): its base [as the adapter says]."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -695,8 +699,17 @@ class OptimizationArguments:
     ] = "1"
     lora_rank: Annotated[
         str | None,
-        _option(OPTIMIZATION, "--lora-rank", "N", "Learn differences of this rank alone (LoRA); saved merged."),
+        _option(OPTIMIZATION, "--lora-rank", "N", "Learn differences of this rank alone (LoRA, by peft)."),
     ] = None
+    lora_save: Annotated[
+        str,
+        _option(
+            OPTIMIZATION,
+            "--lora-save",
+            "FORM",
+            "merged: into a model of its own; adapter: the differences alone, which need their base.",
+        ),
+    ] = "merged"
     lora_alpha: Annotated[
         str | None, _option(OPTIMIZATION, "--lora-alpha", "X", "Scale of the differences, over N [2 N].")
     ] = None

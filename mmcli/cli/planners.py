@@ -184,4 +184,5 @@ def model_options(arguments: Arguments, problems: Problems, example: str) -> Mod
         allow_pickle=model.allow_pickle,
         frames=frames or 1,
         exact_decode=arguments.inputs.exact_decode,
+        base_model=model.base_model,
     )

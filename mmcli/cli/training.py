@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -177,6 +178,10 @@ def _check(given: Given, messages: Messages) -> Command:
     if None not in (model, train, options, recipe) and not problems.lines:
         assert recipe is not None
         objective = problems.collect(recipe.make, given, model, train, options, metric)
+    if objective is not None and options is not None and options.lora_rank is not None:
+        from mmcli.training.lora import check_lora
+
+        problems.collect(check_lora, objective, options.lora_save)
     problems.check()
     assert train is not None
     assert val is not None
@@ -214,6 +219,7 @@ def _run_folder(run: TrainingRunArguments, problems: Problems) -> Path | None:
 
 def _options(given: Given, problems: Problems) -> TrainOptions | None:
     from mmcli.training.augment import AUGMENTS
+    from mmcli.training.lora import SAVES
     from mmcli.training.optimizer import OPTIMIZERS, SCHEDULES
     from mmcli.training.options import TrainOptions
 
@@ -228,6 +234,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         problems.add("--lora-alpha goes with --lora-rank N")
     if asked.lora_rank is not None and asked.average_best is not None:
         problems.add("--average-best is of whole weights, not of --lora-rank; leave one of them out")
+    _check_lora(given, problems)
     if asked.precision == "fp16" and given.model.device == "cpu":
         problems.add("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     if batch_size is not None and pieces is not None and pieces > batch_size:
@@ -259,6 +266,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "balance": training.balance,
         "lora_rank": _optional(problems, parse.number, "--lora-rank", asked.lora_rank, 1),
         "lora_alpha": _optional(problems, parse.decimal, "--lora-alpha", asked.lora_alpha),
+        "lora_save": problems.collect(parse.choice, "--lora-save", asked.lora_save, SAVES),
         "augment": problems.collect(parse.choice, "--augment", training.augment, tuple(AUGMENTS)),
         "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
     }
@@ -278,6 +286,18 @@ def _without_encoders(policy: str, values: dict[str, Any], problems: Problems) -
         if values[name]:
             flag = f"--{name.replace('_', '-')}"
             problems.add(f"{flag} is of rows with several media, and --encoder MODALITY=MODEL; leave it out")
+
+
+def _check_lora(given: Given, problems: Problems) -> None:
+    asked = given.optimization
+    if asked.lora_rank is not None and find_spec("peft") is None:
+        problems.add("--lora-rank needs the library peft: pip install 'mmcli[finetune]'")
+    if asked.lora_save != "adapter":
+        return
+    if asked.lora_rank is None:
+        problems.add("--lora-save adapter goes with --lora-rank N")
+    if given.training.from_config:
+        problems.add("--lora-save adapter: with --from-config there is no base that has the weights")
 
 
 def _described(given: Given, objective: Objective) -> dict[str, Any]:

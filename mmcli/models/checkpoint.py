@@ -17,6 +17,8 @@ from mmcli.models.options import ModelOptions
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from mmcli.models.adapters import Adapter
+
 # What a plan and a processor need; weights are fetched when they are loaded.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)
@@ -29,6 +31,8 @@ PROCESSOR_FILES = (
     "config_sentence_transformers.json", "chat_template.jinja", "chat_template.json",
     "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/vocab.txt", "qformer_tokenizer/tokenizer_config.json",
 )  # fmt: skip
+# What makes a directory an adapter's (peft).
+ADAPTER_CONFIG = "adapter_config.json"
 # Weights up to this size are digested whole (1 GB/s), larger ones by 256 blocks of 1 MiB spread over the file.
 WHOLE_DIGEST_LIMIT = 2 * 1024**3
 _BLOCK = 1024 * 1024
@@ -43,6 +47,7 @@ class Checkpoint:
     revision   commit on the hub; None for a local directory
     folders    all folders with files of the model, the outermost first, where there are more than `directory`
                (sentence-transformers)
+    adapter    what is added to the weights (peft); None: nothing
     """
 
     id: str
@@ -51,6 +56,7 @@ class Checkpoint:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     folders: tuple[Path, ...] = ()
+    adapter: Adapter | None = None
 
     @property
     def root(self) -> Path:
@@ -92,9 +98,11 @@ class Checkpoint:
 
     def describe(self) -> dict[str, Any]:
         """What identifies it: the commit of a hub checkpoint, else a digest of its weights."""
-        identity = {"revision": self.revision} if self.revision else {"weights": self._weights_digest()}
+        identity = {"revision": self.revision} if self.revision else {"weights": self.weights_digest}
         # Its weights identify a local model wherever it lies; by its path a run could not go on from elsewhere.
         name = self.id if self.revision else self.root.resolve().name
+        if self.adapter is not None:
+            name, identity = self.adapter.name, self.adapter.describe()
         return {
             "id": name,
             **identity,
@@ -103,11 +111,13 @@ class Checkpoint:
             "config": self._digest(["config.json", "generation_config.json"]),
         }
 
-    def _weights_digest(self) -> str:
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of its weights on disk."""
         digest = blake2b(digest_size=16)
         for path in self.weight_files():
             digest.update(path.relative_to(self.root).as_posix().encode())
-            _digest_weights(digest, path)
+            digest_weights(digest, path)
         return digest.hexdigest()
 
     def _digest(self, names: tuple[str, ...] | list[str]) -> str:
@@ -128,14 +138,35 @@ class Checkpoint:
 
     def fetch_weights(self) -> None:
         """Download what `open_checkpoint` has left on the hub. Raises ModelError, TryAgain."""
-        if self.revision is not None:
+        if self.adapter is not None:
+            self.adapter.fetch_bases(self.root)
+        elif self.revision is not None:
             for folder in self._folders:
                 place = folder.relative_to(self.root).as_posix()
                 patterns = [name if place == "." else f"{place}/{name}" for name in self._patterns]
                 # The hub's `*` matches any path, so those of the outermost folder match everywhere.
-                _snapshot(self.id, self.revision, patterns, offline=False, ignore="*/*" if place == "." else None)
+                snapshot(self.id, self.revision, patterns, offline=False, ignore="*/*" if place == "." else None)
             if not self.weight_files():
                 raise ModelError(f"-m {self.id}: {_no_safetensors(self.directory)}", hint="add --allow-pickle")
+
+    def load(self, model_class: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """`model_class.from_pretrained` with its adapter merged: the model, on the host, and its loading info.
+
+        Every model whose weights are a checkpoint's is loaded here. Raises ModelError, TryAgain, ConfigError for an
+        adapter, and what `from_pretrained` raises.
+        """
+        self.fetch_weights()
+        options |= {
+            "use_safetensors": None if self.allow_pickle else True,
+            "trust_remote_code": self.trust_remote_code,
+            "output_loading_info": True,
+        }
+        if self.adapter is None:
+            model, info = model_class.from_pretrained(self.directory, **options)
+            return model, info
+        from mmcli.models.merging import load_adapted
+
+        return load_adapted(self, self.adapter, model_class, options)
 
 
 def open_checkpoint(options: ModelOptions) -> Checkpoint:
@@ -148,8 +179,14 @@ def open_checkpoint(options: ModelOptions) -> Checkpoint:
         checkpoint = Checkpoint(name, Path(name), None, trust, pickle)
     else:
         _check_hub_id(name)
-        directory = _snapshot(name, options.revision, list(SMALL_FILES), options.offline)
+        directory = snapshot(name, options.revision, list(SMALL_FILES), options.offline)
         checkpoint = Checkpoint(name, directory, directory.name, trust, pickle)
+    if (checkpoint.directory / ADAPTER_CONFIG).is_file():
+        from mmcli.models.adapters import open_adapter
+
+        checkpoint = open_adapter(checkpoint, options)
+    elif options.base_model is not None:
+        raise ConfigError(f"--base-model {options.base_model}: -m {name} is a model of its own, not an adapter")
     if not (checkpoint.directory / "modules.json").is_file():
         check_files(checkpoint, options.weights)
     return checkpoint
@@ -168,7 +205,8 @@ def check_files(checkpoint: Checkpoint, weights: bool = True) -> None:
             f"-m {checkpoint.id}: its config.json asks for trust_remote_code, which is refused",
             hint="remove that key, or add --trust-remote-code when you trust its author",
         )
-    if weights and checkpoint.revision is None and not checkpoint.weight_files():
+    is_local = checkpoint.adapter is None and checkpoint.revision is None
+    if weights and is_local and not checkpoint.weight_files():
         raise ConfigError(f"-m {checkpoint.id}: {_no_safetensors(checkpoint.directory)}")
 
 
@@ -201,7 +239,7 @@ def _near(name: str) -> str:
     return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
 
 
-def _snapshot(
+def snapshot(
     name: str, revision: str | None, patterns: list[str], offline: bool, ignore: str | None = None
 ) -> Path:
     """The directory of a hub repository with the files that match. Raises ConfigError, TryAgain."""
@@ -246,7 +284,7 @@ def _snapshot(
     return Path(found)
 
 
-def _digest_weights(digest: Any, path: Path) -> None:
+def digest_weights(digest: Any, path: Path) -> None:
     size = path.stat().st_size
     digest.update(b"%d " % size)
     with path.open("rb") as file:

@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from mmcli.core.errors import ConfigError, ModelError, one_line
+from mmcli.core.errors import ConfigError, MmcliError, ModelError, one_line
 from mmcli.core.records import MODALITIES, Modality
 from mmcli.models.checkpoint import Checkpoint
 from mmcli.models.encoder import ENCODERS, Encoder
@@ -503,20 +503,16 @@ def open_encoder(
     model_class = encoder_class(settings)
     if not weights:
         return model_class._from_config(settings, attn_implementation=attn_implementation), []
-    checkpoint.fetch_weights()
     disable_progress_bar()
     verbosity = get_verbosity()
     # It warns of the weights of a dual encoder's other tower.
     set_verbosity_error()
     try:
-        encoder, info = model_class.from_pretrained(
-            checkpoint.directory,
-            config=settings,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            use_safetensors=None if checkpoint.allow_pickle else True,
-            output_loading_info=True,
+        encoder, info = checkpoint.load(
+            model_class, config=settings, dtype=torch.float32, attn_implementation=attn_implementation
         )
+    except MmcliError:
+        raise
     except Exception as error:
         raise ModelError(f"-m {checkpoint.id}: cannot load it: {one_line(str(error))}") from error
     finally:

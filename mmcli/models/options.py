@@ -188,6 +188,7 @@ class ModelOptions:
     weights              there must be weights; False: an architecture is enough
     endpoint             what runs `openai:NAME`
     extra_body           more of its requests, as JSON: a null takes out what would be there
+    base_model           of an adapter: hub id or directory; None: as the adapter says
     """
 
     model: str
@@ -206,3 +207,4 @@ class ModelOptions:
     weights: bool = True
     endpoint: Endpoint | Batch | None = None
     extra_body: str | None = None
+    base_model: str | None = None

@@ -192,13 +192,8 @@ def load_model(
 
     disable_progress_bar()
     checkpoint = plan.checkpoint
-    model, info = model_class.from_pretrained(
-        checkpoint.directory,
-        dtype=getattr(torch, plan.dtype),
-        attn_implementation=plan.attn_implementation,
-        use_safetensors=None if checkpoint.allow_pickle else True,
-        trust_remote_code=checkpoint.trust_remote_code,
-        output_loading_info=True,
+    model, info = checkpoint.load(
+        model_class, dtype=getattr(torch, plan.dtype), attn_implementation=plan.attn_implementation
     )
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(tuple(unused)))
     if missing:

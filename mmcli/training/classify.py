@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mmcli.core.errors import ConfigError, ModelError, one_line
+from mmcli.core.errors import ConfigError, MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
 from mmcli.models.checkpoint import PROCESSOR_FILES, Checkpoint
 from mmcli.models.classifier import AUTO, ClassifierHead, head_decode, head_inputs
@@ -152,19 +152,17 @@ class EncoderNetwork:
                 config = transformers.AutoConfig.from_pretrained(plan.checkpoint.directory, **options)
                 model = auto.from_config(config, attn_implementation=plan.attn_implementation)
             else:
-                plan.checkpoint.fetch_weights()
-                model, info = auto.from_pretrained(
-                    plan.checkpoint.directory,
+                model, info = plan.checkpoint.load(
+                    auto,
                     **options,
                     ignore_mismatched_sizes=True,
                     dtype=torch.float32,
                     attn_implementation=plan.attn_implementation,
-                    use_safetensors=None if plan.checkpoint.allow_pickle else True,
-                    trust_remote_code=plan.checkpoint.trust_remote_code,
-                    output_loading_info=True,
                 )
                 mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
                 new = frozenset([*info["missing_keys"], *mismatched])
+        except MmcliError:
+            raise
         except Exception as error:
             raise ModelError(f"-m {plan.checkpoint.id}: cannot load it: {one_line(str(error))}") from error
         return model.to(device), new

@@ -14,8 +14,10 @@ from torch import nn
 
 from mmcli.core.errors import ConfigError, MmcliError, ModelError, one_line
 from mmcli.core.records import Media, Modality, Sample
+from mmcli.models.checkpoint import open_checkpoint
 from mmcli.models.dual_encoder import DualEncoder, clip_features, model_class_of, texts_beside, towers_of
 from mmcli.models.fusion_family import copy_encoder_files
+from mmcli.models.options import ModelOptions
 from mmcli.models.plan import EmbeddingPlan
 from mmcli.models.runner import Batch, Collator, Loaded, load_model
 from mmcli.training.classify import copy_processor
@@ -122,7 +124,6 @@ class CheckpointNetwork:
                 maker = getattr(made, "from_config", None) or made._from_config
                 model = maker(config, attn_implementation=plan.attn_implementation)
             else:
-                checkpoint.fetch_weights()
                 model = load_model(made, plan, device)
         except MmcliError:
             raise
@@ -138,8 +139,11 @@ class CheckpointNetwork:
 
     def of(self, folder: Path) -> CheckpointNetwork:
         """See Network."""
-        checkpoint = replace(self.plan.checkpoint, id=str(folder), directory=folder, revision=None, folders=())
-        return CheckpointNetwork(replace(self.plan, checkpoint=checkpoint))
+        known = self.plan.checkpoint
+        options = ModelOptions(
+            str(folder), trust_remote_code=known.trust_remote_code, allow_pickle=known.allow_pickle
+        )
+        return CheckpointNetwork(replace(self.plan, checkpoint=open_checkpoint(options)))
 
 
 @dataclass(slots=True)

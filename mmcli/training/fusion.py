@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmcli.core.records import Modality, Sample
-from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.checkpoint import Checkpoint, open_checkpoint
 from mmcli.models.fusion import MultimodalTransformer
 from mmcli.models.fusion_family import input_plan, save_fusion
 from mmcli.models.fusion_inputs import parts_of
@@ -90,7 +90,8 @@ class FusionNetwork:
 
 def recombined(folder: Path, objective: Any, pieces: Iterable[Any], device: torch.device) -> Recombined:
     """Of the model in a folder that `FusionNetwork.save` wrote."""
-    model = MultimodalTransformer.from_pretrained(folder).to(device)
+    model, _ = open_checkpoint(ModelOptions(str(folder))).load(MultimodalTransformer, dtype=torch.float32)
+    model = model.to(device)
     return Recombined(model, objective.network.collator(device), pieces)
 
 

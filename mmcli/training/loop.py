@@ -29,7 +29,7 @@ from mmcli.training.contrastive_loss import average_gradients
 from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
 from mmcli.training.devices import Devices, in_touch, interleaved
 from mmcli.training.log import MetricsLog
-from mmcli.training.lora import Lora
+from mmcli.training.lora import Lora, bases_of
 from mmcli.training.objective import Objective
 from mmcli.training.optimizer import MovingAverage, optimizer, rate
 from mmcli.training.options import TrainOptions
@@ -411,7 +411,10 @@ class Trainer:
         self.devices.first(lambda: self._write_model(name))
 
     def _write_model(self, name: str) -> None:
-        model = self._parts.model if self._lora is None else self._lora.merged()
+        model: Any = self._parts.model
+        if self._lora is not None:
+            is_kept = self.options.lora_save == "adapter"
+            model = self._lora.kept(bases_of(self.objective)) if is_kept else self._lora.merged()
         with output_errors(self.run / name):
             swap_folder(self.run / name, lambda folder: self.objective.save(model, folder))
 

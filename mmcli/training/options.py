@@ -35,6 +35,8 @@ class TrainOptions:
     balance        rows are drawn so that all classes come equally often
     lora_rank      linear layers learn a difference of this rank (Hu et al. 2021), scaled by lora_alpha / lora_rank
                    (None: 2), and of all else new weights alone learn; None: all weights do
+    lora_save      "merged": the differences are added to the weights, which makes a model of its own; "adapter":
+                   they and new weights are saved alone
     modality_dropout  share of the modalities that are left out of rows of several, at random
     unimodal_loss  weight of the losses of heads that see one modality alone; 0: there are none
     """
@@ -64,6 +66,7 @@ class TrainOptions:
     unimodal_loss: float = 0.0
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    lora_save: str = "merged"
     augment: str = "none"
     seed: int = 0
 

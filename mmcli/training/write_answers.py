@@ -136,14 +136,12 @@ def load(plan: GenerationPlan, device: torch.device) -> Chooser:
     import transformers
 
     checkpoint, names = plan.checkpoint, plan.detail.answers
-    model, info = transformers.ViltForQuestionAnswering.from_pretrained(
-        checkpoint.directory,
+    model, info = checkpoint.load(
+        transformers.ViltForQuestionAnswering,
         **_labels(names),
         ignore_mismatched_sizes=True,
         dtype=getattr(torch, plan.dtype),
         attn_implementation=plan.attn_implementation,
-        use_safetensors=None if checkpoint.allow_pickle else True,
-        output_loading_info=True,
     )
     mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     new = {*info["missing_keys"], *mismatched}

@@ -411,4 +411,4 @@ def _untrained(plan: GenerationPlan, folder: Path) -> GenerationPlan:
     except Exception as error:
         raise ModelError(f"-m {checkpoint.id}: cannot make it anew: {one_line(str(error))}") from error
     copy_processor(checkpoint, folder)
-    return replace(plan, checkpoint=replace(checkpoint, directory=folder, revision=None, folders=()))
+    return replace(plan, checkpoint=replace(checkpoint, directory=folder, revision=None, folders=(), adapter=None))
