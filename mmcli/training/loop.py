@@ -28,6 +28,7 @@ from mmcli.training.checkpoints import (
 from mmcli.training.contrastive_loss import average_gradients
 from mmcli.training.data import Batches, InOrder, Rows, class_weights, load
 from mmcli.training.devices import Devices, in_touch, interleaved
+from mmcli.training.estimate import Forecast, describe_memory, memory_before
 from mmcli.training.log import MetricsLog
 from mmcli.training.lora import Lora, bases_of
 from mmcli.training.objective import Objective
@@ -130,17 +131,18 @@ class Trainer:
         self.progress = devices.each(self._where_it_was)
         self._agree()
         self._log = devices.each(lambda: MetricsLog(self.run, self.progress.step) if devices.main else None)
-        self._first = self.progress.step
         self._began = self._saved = time.monotonic()
         weights = class_weights([row.target for row in self.data.train.rows]) if self.options.balance else None
         self._batches = Batches(
             len(self.data.train), self.options.batch_size, self.options.seed, weights, devices.rank, devices.world
         )
         self.events.note(parameter_counts(self._parts.model))
+        self.events.note(describe_memory(memory_before(self._parts.model, self.options)))
         left = f", {self.steps - self.progress.step} left" if self.progress.step else ""
         self.events.note(
             f"{self.steps} steps of {self.options.batch_size} rows, {len(self._batches)} an epoch{left}"
         )
+        self._forecast = Forecast(self.events.note, self.device, self.progress.step, self.steps)
         try:
             self._epochs()
         finally:
@@ -237,10 +239,7 @@ class Trainer:
         if parts.average is not None:
             parts.average.update(parts.model, progress.step)
         self._losses.append(loss)
-        if progress.step == self._first + LOG_STEPS:
-            seconds = (time.monotonic() - self._began) / LOG_STEPS * (self.steps - progress.step)
-            if seconds > 60:
-                self.events.note(f"about {seconds / 60:.0f} minutes to go, without evaluations")
+        self._forecast.after(progress.step)
         if progress.step <= LOG_STEPS or progress.step % LOG_STEPS == 0:
             mean, highest = sum(self._losses) / len(self._losses), options.learning_rate
             self._tell(loss=mean, lr=highest * share, grad_norm=norm, rows_per_s=round(self._pace.lap(), 2))
