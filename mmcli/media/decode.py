@@ -50,6 +50,15 @@ def decode(media: Media, options: DecodeOptions) -> tuple[Modality, Payload]:
         _require(media.modality, options)
         if media.missing:
             return media.modality, None
+    if (
+        media.data
+        and media.modality == "image"
+        and len(media.data) <= min(options.max_bytes, options.max_whole_bytes)
+    ):
+        # As below, without a file: 5 us less for each of many tiny pictures.
+        from mmcli.media.image import decode_image
+
+        return media.modality, decode_image(media.data, options)
     with open_media(media, options.max_bytes) as file:
         try:
             return _decode(media, file, options)
