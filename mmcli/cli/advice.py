@@ -11,8 +11,8 @@ from mmcli.core.report import Report
 
 # Cores are all in use from here on: more workers would only share them.
 ALL_BUSY = 0.85
-# Of the processor time: what takes more is worth a word.
-MUCH = 0.25
+# Decode workers that have a core for less of their busy time wait for files, or for other processes.
+WAITING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class Setting:
     """What a run was told, as far as it matters for its speed.
 
     dtype  of the model; None: it has none (a server's, a fake one)
+    process_share  of the seconds of decode workers: the model's processor
+    computing      the share of their busy time in which workers had a core
     min_image_size  what the model's processor makes of a picture's shorter side
     """
 
@@ -29,6 +31,7 @@ class Setting:
     num_workers: int
     cores_busy: float
     process_share: float
+    computing: float = 1.0
     compiled: bool = False
     exact_decode: bool = False
     min_image_size: int | None = None
@@ -39,6 +42,7 @@ class Setting:
     def of(cls, report: Report, arguments: Arguments, plan: ModelPlan) -> Setting:
         """Of a run that has ended."""
         decode = report.shares()["decode"]
+        workers_s = report.seconds["decode"] + report.seconds["process"]
         return cls(
             device=report.device,
             dtype=getattr(plan, "dtype", None),
@@ -46,6 +50,7 @@ class Setting:
             num_workers=report.num_workers,
             cores_busy=report.cores_busy(),
             process_share=decode["process"] / max(sum(decode.values()), 1e-9),
+            computing=report.workers_cpu_s / workers_s if report.num_workers and workers_s else 1.0,
             compiled=bool(getattr(plan, "compile", False)),
             exact_decode=plan.decode.exact_decode,
             min_image_size=plan.decode.min_image_size,
@@ -65,6 +70,10 @@ def advise(limit: str | None, setting: Setting) -> str | None:
             found = ["inputs, or the manifest that lists them, on a faster disk"]
         case "write":
             found = ["-o on a faster disk"]
+        case "transport":
+            found = ["--num-workers 0, which gives up the protection from decoders that crash"] * bool(
+                setting.num_workers
+            )
         case _:
             found = []
     return "; or ".join(found) or None
@@ -77,8 +86,8 @@ def _decode(setting: Setting) -> list[str]:
         advice.append(f"--num-workers {setting.cores}, or auto")
     elif setting.num_workers < setting.cores and spare:
         advice.append(f"--num-workers {setting.cores}: of {setting.cores} cores {setting.num_workers} decode")
-    elif setting.num_workers >= setting.cores and setting.cores_busy < 0.5:
-        advice.append(f"files on a faster disk: {setting.num_workers} workers leave the cores idle")
+    elif setting.computing < WAITING:
+        advice.append("a faster disk, or less other work on this machine: the workers wait more than they compute")
     if setting.exact_decode:
         advice.append("without --exact-decode, large JPEGs are decoded at reduced scale")
     if setting.process_share > 0.5:

@@ -146,6 +146,7 @@ class _Bench:
 
     def _measure(self, arguments: Arguments, folder: Path, load: float) -> Measured:
         from mmcli.engines.ceilings import Ceilings
+        from mmcli.engines.local import device_of
 
         problems = Problems()
         bounds, planner = self._bounds(problems), self._planner(arguments, problems)
@@ -166,7 +167,8 @@ class _Bench:
             decoding = self._decode(prepared, snapshot, bounds, window)
         runner = self._load(prepared)
         model = self._forward(runner, decoding, batch_size, window, bounds)
-        ceilings = Ceilings(decoding.rate, model, report.cores)
+        greedy = device_of(runner) == "cpu" and decoding.report.num_workers >= report.cores
+        ceilings = Ceilings(decoding.rate, model, report.cores, greedy)
         ran, whole = self._whole(prepared, runner, bounds, ceilings, window)
         setting = Setting.of(ran, arguments, prepared.planned.plan)
         return Measured(setting, decoding, ceilings, batch_size, whole, ran, load)

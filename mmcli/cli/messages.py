@@ -24,6 +24,7 @@ LIMITS = {
     "collate": "collating batches",
     "model": "the model",
     "write": "writing",
+    "transport": "passing rows between processes",
 }
 # Shares of lanes that are hardly ever busy are told from here on.
 WORTH_SAYING = 0.2

@@ -165,7 +165,8 @@ class Report:
         """The lane that the run waited for most; None when it was too short to tell.
 
         The model's thread computes, waits for inputs or waits for the writer. Where inputs are waited for, it is
-        the busiest of the lanes that make them.
+        the busiest of the lanes that make them; "transport", messages between processes and threads, when none of
+        these was busy for half of the time.
         """
         if self.steady() is None:
             return None
@@ -182,7 +183,8 @@ class Report:
         if longest != "decode":
             return longest
         busy = {lane: sum(self.shares()[lane].values()) for lane in ("decode", "read", "collate")}
-        return max(busy, key=lambda lane: busy[lane])
+        busiest = max(busy, key=lambda lane: busy[lane])
+        return busiest if busy[busiest] >= 0.5 else "transport"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values (the `--json` line)."""

@@ -46,11 +46,15 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What decoding and the model reach, each alone on `cores` cores."""
+    """What decoding and the model reach, each alone on `cores` cores.
+
+    greedy  both use all cores that they can get: what they had was all that other work has left
+    """
 
     decode: Rate
     model: Rate
-    cores: int
+    cores: float
+    greedy: bool = False
 
     @property
     def slower(self) -> float:
@@ -63,9 +67,12 @@ class Ceilings:
 
         A row takes the processor time of both, and there are `cores` seconds of it in a second. Where each alone
         keeps all cores busy that is 1 / (1 / decode + 1 / model); where the model is on a GPU, hardly less than
-        `decode`.
+        `decode`. On a machine with other work it is what there was for them.
         """
-        return self.cores / max(self.decode.cpu_per_row + self.model.cpu_per_row, 1e-12)
+        cores = self.cores
+        if self.greedy:
+            cores = min(cores, max(rate.cpu_s / max(rate.seconds, 1e-9) for rate in (self.decode, self.model)))
+        return cores / max(self.decode.cpu_per_row + self.model.cpu_per_row, 1e-12)
 
     @property
     def highest(self) -> float:
@@ -125,7 +132,7 @@ def measure_decoding(source: Source, decoder: Decoder, report: Report, keep: int
 
     The clock runs from the first block of each worker on, and until the first worker has nothing left to do.
     """
-    workers = max(1, decoder.num_workers)
+    report.num_workers, workers = decoder.num_workers, max(1, decoder.num_workers)
     intake = Intake(source, decoder, report, 0, max_rows=4 * workers * BLOCK_ROWS)
     done = Decoding(Rate(0, 0, 0), report)
     nbytes = 0

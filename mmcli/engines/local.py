@@ -209,9 +209,7 @@ class _Run:
             self._check_stop()
             raise
         self._check_stop()
-        # A fake model would import torch to say so.
-        device = getattr(runner, "device", None) if "torch" in sys.modules else None
-        self.report.device = None if device is None else str(device)
+        self.report.device = device_of(runner)
         return runner
 
     # -- collate thread ------------------------------------------------------------------------------------
@@ -332,6 +330,13 @@ class _Run:
         limit = self.options.time_limit_s
         if limit is not None and self.report.wall_s > limit:
             raise TryAgain(f"--time-limit of {limit:g} s reached", hint="run the same command again to go on")
+
+
+def device_of(runner: Runner) -> str | None:
+    """Where a model is, as torch names it; None: nowhere that it could tell (a server, a fake one)."""
+    # A fake model would import torch to say so.
+    device = getattr(runner, "device", None) if "torch" in sys.modules else None
+    return None if device is None else str(device)
 
 
 def _done(launched: Launched, timeout: float) -> bool:

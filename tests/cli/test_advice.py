@@ -41,6 +41,14 @@ def test_bfloat16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatc
     assert "--batch-size auto instead of 1" in (advise("model", replace(SLOW_DECODING, batch_size="1")) or "")
 
 
+def test_workers_that_wait_are_told_from_those_that_compute() -> None:
+    full = replace(SLOW_DECODING, num_workers=4)
+    assert "a faster disk" in (advise("decode", replace(full, computing=0.3)) or "")
+    assert "a faster disk" not in (advise("decode", replace(full, computing=0.95)) or "")
+    assert "--num-workers 0" in (advise("transport", full) or "")
+    assert advise("transport", replace(full, num_workers=0)) is None
+
+
 def test_nothing_is_advised_where_nothing_limits() -> None:
     assert advise(None, SLOW_DECODING) is None
     assert advise("collate", SLOW_DECODING) is None

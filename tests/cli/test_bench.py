@@ -46,6 +46,9 @@ def test_cores_that_both_want_are_a_ceiling_of_their_own() -> None:
     assert both.slower == pytest.approx(50)
     assert both.highest == both.shared
     assert both.limit == "model"
+    busy = Ceilings(Rate(1000, 10, 10), Rate(500, 10, 9), cores=2, greedy=True)
+    # Other work has left one core.
+    assert busy.shared == pytest.approx(1 / (0.01 + 0.018))
     idle = Ceilings(Rate(1000, 10, 20), Rate(500, 10, 0.5), cores=2)
     assert idle.highest == pytest.approx(50)
     assert idle.limit == "model"

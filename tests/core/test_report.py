@@ -59,6 +59,7 @@ def test_shares_are_of_the_time_after_the_first_result(clock: list[float]) -> No
         ("decode", {"forward": 2, "wait": 8, "decode": 4, "process": 14, "read": 5}),
         ("read", {"forward": 2, "wait": 8, "decode": 4, "process": 4, "read": 9}),
         ("collate", {"forward": 2, "wait": 8, "decode": 4, "collate": 9}),
+        ("transport", {"forward": 2, "wait": 8, "decode": 4, "process": 4, "read": 3}),
         ("write", {"forward": 3, "write_wait": 6, "write": 9, "wait": 1}),
         (None, {}),
     ],
