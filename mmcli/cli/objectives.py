@@ -23,6 +23,7 @@ from mmcli.cli.options import (
     TrainingRunArguments,
 )
 from mmcli.cli.parse import Problems
+from mmcli.cli.probe import ProbeRecipe
 from mmcli.cli.support import label_of
 from mmcli.cli.writing import WRITING
 from mmcli.core.errors import ConfigError
@@ -106,7 +107,7 @@ class ClassifyRecipe:
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Two labels at least, and none that only validation rows have."""
-        _classes(train, val, messages, problems)
+        check_classes(train, val, messages, problems)
 
     def make(
         self, given: Given, model: ModelOptions, train: Listed, options: TrainOptions, metric: str
@@ -156,7 +157,12 @@ def _fusion(given: Given, model: ModelOptions, train: Listed, names: Sequence[st
     return FusionNetwork.of(encoders, model, names, given.training.from_config, settings)
 
 
-RECIPES: dict[str, Recipe] = {"classify": ClassifyRecipe(), "contrastive": ContrastiveRecipe(), **WRITING}
+RECIPES: dict[str, Recipe] = {
+    "classify": ClassifyRecipe(),
+    "contrastive": ContrastiveRecipe(),
+    "probe": ProbeRecipe(),
+    **WRITING,
+}
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -213,7 +219,7 @@ def _labels_of(records: Sequence[Record], kind: str, column: str, what: str) -> 
     return [str(label) for label in labels]
 
 
-def _classes(train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
+def check_classes(train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
     """Add problems: of one class, and of labels that only validation rows have."""
     counts = Counter(train.labels)
     if len(counts) < 2:

@@ -539,7 +539,8 @@ class TrainingArguments:
     """What is learned, and from what."""
 
     objective: Annotated[
-        str, _option(TRAINING, "--objective", "NAME", "What is learned: classify, contrastive, caption, or vqa.")
+        str,
+        _option(TRAINING, "--objective", "NAME", "What is learned: classify, contrastive, caption, vqa, or probe."),
     ] = "classify"
     val: Annotated[
         list[str] | None,

@@ -56,7 +56,7 @@ class Preflight:
             for what, records in listed.items()
         }
         self._count_missing(used)
-        self._tell_leaks(listed)
+        self.tell_leaks(listed)
         return used
 
     def _read(self, listed: dict[str, list[Record]]) -> dict[str, dict[int, RowError]]:
@@ -155,7 +155,7 @@ class Preflight:
                     f"{what}: no row has {' or '.join(none)}; leave out --encoder {none[0]}=... and its column"
                 )
 
-    def _tell_leaks(self, listed: dict[str, list[Record]]) -> None:
+    def tell_leaks(self, listed: dict[str, list[Record]]) -> None:
         """Say which files are, byte for byte, in both lists: then validation measures what was learned by heart."""
         train, val = listed.values()
         sizes = {media.size for record in train for media in record.media if media.size}

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from mmcli.cli.given import open_given
 from mmcli.core.errors import ConfigError
 from mmcli.core.protocols import Source
+from mmcli.core.report import Report
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
     from mmcli.cli.compose import Prepared
+    from mmcli.cli.signals import Signals
     from mmcli.models.few_shot import Support
-    from mmcli.models.vectors import VectorPlan
+    from mmcli.models.vectors import Loaded, VectorPlan
 
 # Vectors of all examples are in memory.
 _MOST = 1_000_000
@@ -236,29 +238,49 @@ def _given(examples: Examples) -> tuple[np.ndarray, list[tuple[int, str]]]:
 def _embedded(
     prepared: Prepared, examples: Examples, plan: VectorPlan, runner: Any
 ) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """By the engine that rows are computed by: in workers that may die, with the batches of any run."""
     from mmcli.cli.run import auto_batch_size
-    from mmcli.core.report import Report
-    from mmcli.engines.local import LocalOptions, StopFlag, Work, run
-    from mmcli.media.pool import DecodePool, InlineDecoder
     from mmcli.models.vectors import Loaded
-    from mmcli.tasks.embed import Embed
 
     prepared.messages.note(f"{len(examples.classes):,} examples of {len(examples.labels):,} labels")
-    base, limits = Loaded(plan.base, runner), prepared.limits
-    batch_size = limits.batch_size or auto_batch_size(prepared)
-    workers = prepared.limits.num_workers
+    limits = prepared.limits
+    workers = min(2, len(examples.classes)) if limits.num_workers is None else limits.num_workers
+    how = Embedding(limits.batch_size or auto_batch_size(prepared), workers, limits.timeout_s)
+    return embedded(examples.source, Loaded(plan.base, runner), how, Report(), prepared.signals)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """How vectors are computed: see mmcli.cli.options.RunArguments."""
+
+    batch_size: int
+    num_workers: int
+    timeout_s: float
+    time_limit_s: float | None = None
+
+
+def embedded(
+    source: Source, base: Loaded, how: Embedding, report: Report, signals: Signals
+) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Vectors of all rows, float32 [N, D], zeros for those that cannot be read; and these, with what is wrong.
+
+    By the engine that rows are computed by: in workers that may die, with the batches of any run. Raises Stopped,
+    TryAgain, ModelError.
+    """
+    from mmcli.engines.local import LocalOptions, StopFlag, Work, run
+    from mmcli.media.pool import DecodePool, InlineDecoder
+    from mmcli.tasks.embed import Embed
+
     decoder = (
-        InlineDecoder(base, base.decode)
-        if workers == 0
-        else DecodePool(base, base.decode, workers or min(2, len(examples.classes)), limits.timeout_s)
+        DecodePool(base, base.decode, how.num_workers, how.timeout_s)
+        if how.num_workers
+        else InlineDecoder(base, base.decode)
     )
-    task = Embed(plan.base.embedding_size)
-    kept, report, stop = _Collected(), Report(), StopFlag()
-    work = Work(examples.source, decoder, base, task, kept, report, stop, want_signatures=False)
-    with prepared.signals.asking(stop.request):
-        run(work, LocalOptions(batch_size=batch_size, window=batch_size * 8))
-    return kept.vectors(plan.base.embedding_size), kept.failed
+    size = base.plan.embedding_size
+    kept, stop = _Collected(), StopFlag()
+    work = Work(source, decoder, base, Embed(size), kept, report, stop, want_signatures=False)
+    with signals.asking(stop.request):
+        run(work, LocalOptions(how.batch_size, how.batch_size * 8, how.time_limit_s))
+    return kept.vectors(size), kept.failed
 
 
 class _Collected:

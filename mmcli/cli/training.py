@@ -27,6 +27,7 @@ from mmcli.cli.options import (
     TrainingRunArguments,
 )
 from mmcli.cli.parse import Problems
+from mmcli.cli.probe import FEATURES, train_probe
 from mmcli.cli.signals import Signals
 from mmcli.core.durable import make_folder, output_errors, read_json, remove, write_durably, write_json
 from mmcli.core.errors import ConfigError, ExitCode, MmcliError, StateMismatch, Stopped
@@ -124,7 +125,8 @@ def _execute(given: Given, messages: Messages, signals: Signals) -> int:
         devices.first(lambda: _take(lock))
         try:
             if not devices.first(lambda: _is_complete(command, given.run.overwrite, messages)):
-                _train(given, command, messages, signals, devices)
+                work = _probe if command.objective.name == "probe" else _train
+                work(given, command, messages, signals, devices)
         finally:
             lock.release()
     return ExitCode.OK
@@ -364,7 +366,8 @@ def _is_complete(command: Command, overwrite: bool, messages: Messages) -> bool:
         return False
     with output_errors(run):
         for one in run.iterdir():
-            if one.name != "lock":
+            # Vectors are named by what they are of: what a failed run has computed serves another.
+            if one.name != "lock" and (overwrite or one.name != FEATURES):
                 remove(one)
         write_json(run / RUN_FILE, {"job": command.job.to_dict(), "mmcli_version": __version__, "complete": False})
     return False
@@ -400,6 +403,11 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals,
                 masked.add(row, what, why)
         masked.summary()
     devices.first(lambda: _finish(command, reached, messages))
+
+
+def _probe(given: Given, command: Command, messages: Messages, signals: Signals, devices: Devices) -> None:
+    _write_config(given, command)
+    _complete(command, train_probe(given, command, messages, signals))
 
 
 def _device(given: Given, messages: Messages) -> torch.device:
@@ -480,6 +488,19 @@ def _diagnose_space(command: Command, trainer: Trainer, objective: Contrastive) 
 
 def _finish(command: Command, progress: Progress, messages: Messages) -> None:
     from mmcli.training.log import draw_curves, read_metrics
+
+    values = {"best": progress.best, "best_step": progress.best_step, "steps": progress.step}
+    _complete(command, {**values, "averaged_steps": progress.averaged or None})
+    if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
+        messages.note("no curves.png: pip install 'mmcli[finetune]'")
+    where = f"at step {progress.best_step}"
+    if progress.averaged:
+        where = f"by the average of steps {', '.join(map(str, sorted(progress.averaged)))}"
+    messages.note(f"{command.run}/best: {command.objective.metric} {progress.best:.4f} {where} of {progress.step}")
+
+
+def _complete(command: Command, values: dict[str, Any]) -> None:
+    """Note what came of the run, and remove what it would have gone on from."""
     from mmcli.training.loop import CHECKPOINT, EVALUATED
 
     told = {
@@ -487,21 +508,12 @@ def _finish(command: Command, progress: Progress, messages: Messages) -> None:
         "mmcli_version": __version__,
         "complete": True,
         "metric": command.objective.metric,
-        "best": progress.best,
-        "best_step": progress.best_step,
-        "averaged_steps": progress.averaged or None,
-        "steps": progress.step,
+        **values,
     }
     write_json(command.run / RUN_FILE, told)
     with output_errors(command.run):
-        for name in (CHECKPOINT, EVALUATED):
+        for name in (CHECKPOINT, EVALUATED, FEATURES):
             remove(command.run / name)
-    if not draw_curves(read_metrics(command.run), command.objective.metric, command.run / CURVES_FILE):
-        messages.note("no curves.png: pip install 'mmcli[finetune]'")
-    where = f"at step {progress.best_step}"
-    if progress.averaged:
-        where = f"by the average of steps {', '.join(map(str, sorted(progress.averaged)))}"
-    messages.note(f"{command.run}/best: {command.objective.metric} {progress.best:.4f} {where} of {progress.step}")
 
 
 def _rows(command: Command, listed: Listed, used: dict[int, Record]) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ PROBE_FROM = 4
 # What a cosine is multiplied by where nothing tells.
 _SCALE = 20.0
 _SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
-_PENALTIES = tuple(10.0**power for power in range(-4, 5))
+PENALTIES = tuple(10.0**power for power in range(-4, 5))
 # Examples that settings are chosen with.
 _LEAST_COMPARED, _MOST_COMPARED = 20, 10_000
 _FOLDS = 5
@@ -123,25 +123,56 @@ def probe(support: Support, seed: int) -> Head:
     """
     if len(support.labels) < 2:
         raise ConfigError("a probe tells labels apart: two or more are needed")
-    vectors = _unit(support.vectors) if support.normalize else support.vectors
-    mean = vectors.mean(axis=0, dtype=np.float64)
-    spread = vectors.std(axis=0, dtype=np.float64)
-    spread[spread < 1e-12] = 1.0
-    inputs = (vectors - mean) / spread
-    penalty = _best_penalty(inputs, support.classes, seed)
-    coefficients, intercepts = _regression(inputs, support.classes, penalty)
-    weight = coefficients / spread
-    bias = intercepts - weight @ mean
-    method = {"name": "probe", "C": penalty, "examples": len(vectors)}
-    return Head(
-        support.labels,
-        torch.from_numpy(weight.astype(np.float32)),
-        torch.from_numpy(bias.astype(np.float32)),
-        support.normalize,
-        "softmax",
-        None,
-        method,
-    )
+    standard = _Standardised.of(support)
+    penalty = _best_penalty(standard.inputs, support.classes, seed)
+    return standard.head(support, penalty, *_regression(standard.inputs, support.classes, penalty))
+
+
+def probes(support: Support, balanced: bool = False) -> Iterator[tuple[float, Head]]:
+    """A probe for each penalty C of PENALTIES, the strongest first.
+
+    balanced  rows count by 1 / how often their label comes
+    Each begins with the coefficients of the one before, which is nearer than zeros.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    standard = _Standardised.of(support)
+    weights = "balanced" if balanced else None
+    model = LogisticRegression(max_iter=1000, tol=1e-4, warm_start=True, class_weight=weights)
+    for penalty in PENALTIES:
+        model.set_params(C=penalty).fit(standard.inputs, support.classes)
+        yield penalty, standard.head(support, penalty, *_coefficients(model))
+
+
+@dataclass(frozen=True, slots=True)
+class _Standardised:
+    """Vectors of mean 0 and spread 1, float64 [N, D], and what they were: mean and spread [D]."""
+
+    inputs: np.ndarray
+    mean: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, support: Support) -> _Standardised:
+        vectors = _unit(support.vectors) if support.normalize else support.vectors
+        mean = vectors.mean(axis=0, dtype=np.float64)
+        spread = vectors.std(axis=0, dtype=np.float64)
+        spread[spread < 1e-12] = 1.0
+        return cls((vectors - mean) / spread, mean, spread)
+
+    def head(self, support: Support, penalty: float, coefficients: np.ndarray, intercepts: np.ndarray) -> Head:
+        """That of vectors as they were."""
+        weight = coefficients / self.spread
+        bias = intercepts - weight @ self.mean
+        return Head(
+            support.labels,
+            torch.from_numpy(weight.astype(np.float32)),
+            torch.from_numpy(bias.astype(np.float32)),
+            support.normalize,
+            "softmax",
+            None,
+            {"name": "probe", "C": penalty, "examples": len(self.inputs)},
+        )
 
 
 def _best_penalty(inputs: np.ndarray, classes: np.ndarray, seed: int) -> float:
@@ -155,9 +186,9 @@ def _best_penalty(inputs: np.ndarray, classes: np.ndarray, seed: int) -> float:
         splits = splits[:1]
     losses = [
         sum(_log_loss(inputs, classes, train, test, penalty) * len(test) for train, test in splits)
-        for penalty in _PENALTIES
+        for penalty in PENALTIES
     ]
-    return _PENALTIES[int(np.argmin(losses))]
+    return PENALTIES[int(np.argmin(losses))]
 
 
 def _log_loss(
@@ -172,7 +203,10 @@ def _regression(inputs: np.ndarray, classes: np.ndarray, penalty: float) -> tupl
     """Weights float64 [L, D] and intercepts [L] whose softmax are the probabilities."""
     from sklearn.linear_model import LogisticRegression
 
-    fitted = LogisticRegression(C=penalty, max_iter=1000, tol=1e-4).fit(inputs, classes)
+    return _coefficients(LogisticRegression(C=penalty, max_iter=1000, tol=1e-4).fit(inputs, classes))
+
+
+def _coefficients(fitted: Any) -> tuple[np.ndarray, np.ndarray]:
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:
         # Of two classes it gives the logit of the second against the first.

@@ -87,7 +87,7 @@ For `mmcli classify`. Whose labels they are:
 | with a classification head | its own | yes | mean, probe, on its body's vectors where it is an encoder |
 | of entailment (NLI), for texts | `--labels`; without them its own | yes |  |
 | that answers questions: chat models, BLIP-VQA, a server | `--labels`, as choices |  |  |
-| a folder of `--save-head` | its own |  |  |
+| a folder of `--save-head`, or of `mmcli finetune --objective probe` | its own |  |  |
 | a fusion of several encoders, from `mmcli finetune` | its own | yes |  |
 
 **Labels as texts.** A label is put into `--template` (`{image}` where nothing is said; `{audio}` for models of
