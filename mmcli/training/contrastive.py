@@ -301,6 +301,7 @@ class Contrastive:
             scores |= self.measure_scores(self._beside(found), groups)
         return scores
 
+    @torch.inference_mode()
     def _beside(self, found: Sequence[list[Measured]]) -> np.ndarray:
         """Cosines of all clips with all texts, each beside the clip: float32 [N, N]."""
         pieces = [piece for batch in found for piece in batch]
