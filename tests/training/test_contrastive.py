@@ -215,7 +215,7 @@ def test_clips_whose_texts_heed_them(tmp_path: Path) -> None:
     objective = objective_of(base, ("text", "video"))
     objective.measure_scores, objective.metric = measure_scores, "conditioned_r_at_1"
     pairs = [replace(row, media=row.media[::-1]) for row in rows]
-    options = TrainOptions(epochs=8, batch_size=6, learning_rate=3e-4, accumulation=2)
+    options = TrainOptions(epochs=8, batch_size=6, learning_rate=1e-3, accumulation=2)
     trainer_of(tmp_path / "run", objective, pairs, pairs, options, told=lines.append).train()  # type: ignore[arg-type]
     measured = [line for line in lines if "val_loss" in line]
     assert measured[-1]["val_loss"] < measured[0]["val_loss"]
