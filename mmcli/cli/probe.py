@@ -192,9 +192,11 @@ class _Features:
     def _how(self) -> Embedding:
         from mmcli.cli.run import AUTO_BATCH_CPU, AUTO_BATCH_GPU
         from mmcli.cli.support import Embedding
+        from mmcli.models.device import choose_device
 
         command = self._command
-        automatic = AUTO_BATCH_GPU if self._runner.device.type == "cuda" else AUTO_BATCH_CPU
+        device = choose_device(self._given.model.device)[0]
+        automatic = AUTO_BATCH_GPU if device.startswith("cuda") else AUTO_BATCH_CPU
         asked = self._given.optimization.batch_size != OptimizationArguments().batch_size
         size = command.options.batch_size if asked else automatic
         return Embedding(size, command.num_workers, command.timeout_s, command.time_limit_s)

@@ -472,6 +472,9 @@ class _Pieces:
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    # transformers' VisionTextDualEncoderModel does not offer it, but its encoders do.
+    offered = [one for one in (model, *model.children()) if getattr(one, "supports_gradient_checkpointing", False)]
+    if not offered:
         raise ModelError("--gradient-checkpointing: this model does not offer it")
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for one in offered[:1] if offered[0] is model else offered:
+        one.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

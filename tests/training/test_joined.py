@@ -328,6 +328,39 @@ def test_adapters_and_new_projections_learn_and_nothing_else(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["bert", "distilbert"])
+def test_checkpointing_changes_no_weight(tmp_path: Path, text: str) -> None:
+    """Also of transformers' class, whose encoders offer it, although it does not."""
+    folders = {modality: still(folder) for modality, folder in encoders(tmp_path, image="vit", text=text).items()}
+    rows = pair_rows(tmp_path / "images", 12)
+    found = []
+    for checkpointing in (False, True):
+        options = replace(OPTIONS, epochs=1, gradient_checkpointing=checkpointing)
+        run = tmp_path / f"run {checkpointing}"
+        trainer = trainer_of(run, objective_of(folders), rows, rows, options)  # type: ignore[arg-type]
+        trainer.train()
+        layers = [one for one in trainer._parts.model.modules() if hasattr(one, "gradient_checkpointing")]
+        assert any(one.gradient_checkpointing for one in layers) == checkpointing
+        found.append(load_file(run / "last" / "model.safetensors"))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+@pytest.mark.parametrize("text", ["bert", "distilbert"])
+def test_kept_adapters_are_the_merged_model(tmp_path: Path, text: str) -> None:
+    """Their base are two checkpoints: peft's file, and what tells where both are."""
+    folders = encoders(tmp_path, image="vit", text=text)
+    rows = pair_rows(tmp_path / "images", 12)
+    plans: list[Any] = []
+    for save in ("merged", "adapter"):
+        options = replace(OPTIONS, lora_rank=2, lora_save=save, learning_rate=5e-3)
+        trainer_of(tmp_path / save, objective_of(folders), rows, rows, options).train()  # type: ignore[arg-type]
+        plans.append(resolve(ModelOptions(str(tmp_path / save / "last"), device="cpu")))
+    assert (tmp_path / "adapter" / "last" / "adapter_model.safetensors").is_file()
+    for modality in ("image", "text"):
+        merged, kept = (vectors(plan, modality, MEDIA[modality]) for plan in plans)
+        assert torch.allclose(merged, kept, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["bert", "distilbert"])
 def test_a_locked_image_tower(tmp_path: Path, text: str) -> None:
     """`--freeze image` (LiT, Zhai et al. 2022): its projection learns, and the other tower; it does not."""
     folders = encoders(tmp_path, image="vit", text=text)
