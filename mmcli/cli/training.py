@@ -121,6 +121,7 @@ def _execute(given: Given, messages: Messages, signals: Signals) -> int:
         command = devices.each(lambda: _heard(signals, lambda: _check(given, messages)))
         jobs = devices.gather(command.job.to_dict())
         devices.each(lambda: _same(jobs))
+        devices.each(lambda: _shardable(devices, command))
         lock = Lock([command.run])
         devices.first(lambda: _take(lock))
         try:
@@ -142,6 +143,14 @@ def _take(lock: Lock) -> None:
     with output_errors(folder):
         make_folder(folder)
     lock.acquire()
+
+
+def _shardable(devices: Devices, command: Command) -> None:
+    """Raise ConfigError for what FSDP is not for, where it is asked for."""
+    from mmcli.training.sharding import check_shardable
+
+    if devices.sharded:
+        check_shardable(command.options, command.objective.joint)
 
 
 def _same(jobs: Sequence[dict[str, Any]]) -> None:

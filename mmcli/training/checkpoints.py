@@ -15,6 +15,7 @@ from torch import nn
 from mmcli.core.durable import output_errors, swap_folder
 from mmcli.core.errors import StateMismatch, one_line
 from mmcli.training.optimizer import MovingAverage
+from mmcli.training.sharding import load_whole
 
 _FILE = "state.pt"
 
@@ -69,14 +70,21 @@ def generators(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(folder: Path, parts: Parts, progress: Progress, drawn: Sequence[dict[str, Any]]) -> None:
+def learned(parts: Parts) -> dict[str, Any]:
+    """The states of model and optimizer."""
+    return {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+
+
+def save_checkpoint(
+    folder: Path, parts: Parts, states: dict[str, Any], progress: Progress, drawn: Sequence[dict[str, Any]]
+) -> None:
     """Replace the checkpoint in `folder`, all or nothing. Raises OutputError.
 
-    drawn  every process's generators, in order of rank
+    states  see `learned`
+    drawn   every process's generators, in order of rank
     """
     state = {
-        "model": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
+        **states,
         "average": parts.average.state if parts.average is not None else None,
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
         "progress": asdict(progress),
@@ -97,8 +105,9 @@ def load_checkpoint(folder: Path, parts: Parts, device: torch.device, rank: int 
         return None
     try:
         state = torch.load(found / _FILE, map_location="cpu", weights_only=True)
-        parts.model.load_state_dict(state["model"])
-        parts.optimizer.load_state_dict(state["optimizer"])
+        if len(state["optimizer"]["param_groups"]) != len(parts.optimizer.param_groups):
+            raise ValueError("a run that began with FSDP goes on with it, and one without it without")
+        load_whole(parts.model, parts.optimizer, state)
         if parts.average is not None:
             for name, tensor in state["average"].items():
                 parts.average.state[name].copy_(tensor)

@@ -223,7 +223,8 @@ def average_gradients(model: nn.Module) -> None:
     For gradients that were not made in the backward pass of DDP's own forward: those of `GradCache`, and those of a
     batch with fewer rows than processes. A process may lack gradients that others have.
     """
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Those of FSDP's blocks are the mean already.
+    learning = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "device_mesh")]
     if processes() == 1 or not learning:
         return
     there = torch.tensor([p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device)

@@ -21,6 +21,7 @@ from mmcli.training.checkpoints import (
     Parts,
     Progress,
     generators,
+    learned,
     load_checkpoint,
     save_checkpoint,
     seed_generators,
@@ -34,6 +35,7 @@ from mmcli.training.lora import Lora, bases_of
 from mmcli.training.objective import Objective
 from mmcli.training.optimizer import MovingAverage, optimizer, rate
 from mmcli.training.options import TrainOptions
+from mmcli.training.sharding import clip_gradients, saving_whole, whole
 from mmcli.training.soup import Soup
 from mmcli.training.towers import freeze, parameter_counts
 
@@ -125,7 +127,9 @@ class Trainer:
         devices = self.devices
         # Of all processes, so that new weights are the same; what dropout draws afterwards is each one's own.
         seed_generators(self.options.seed)
-        self._parts = devices.each(self._make_parts)
+        model, new = devices.each(self._build)
+        devices.shard(model)
+        self._parts = devices.each(lambda: self._make_parts(model, new))
         if devices.rank:
             seed_generators(self.options.seed + _APART * devices.rank)
         self.progress = devices.each(self._where_it_was)
@@ -163,6 +167,9 @@ class Trainer:
             raise self.devices.common(error)
         # GradCache encodes a piece twice, and each pass would begin with a backward pass of DDP's.
         joined = self.objective.joint and self.options.accumulation > 1
+        if self.devices.sharded:
+            one_row = load(self.data.train, InOrder(1, 1), _Pieces(self.objective, 1), 0)
+            self._spare = self.devices.each(lambda: next(one_row)[0][0])
         with in_touch():
             self._reducer = None if joined else self.devices.reducer(self._parts.model)
             if self._reducer is None:
@@ -174,7 +181,8 @@ class Trainer:
         whole = len(self._batches) * self.options.epochs
         return whole if self.options.max_steps is None else min(whole, self.options.max_steps)
 
-    def _make_parts(self) -> Parts:
+    def _build(self) -> tuple[nn.Module, frozenset[str]]:
+        """The model, and the names of its new weights."""
         model = self.objective.build(self.device)
         spare_short_sounds(model)
         new, options = self.objective.new_weights(), self.options
@@ -185,6 +193,10 @@ class Trainer:
         self.objective.adapted(model)
         if self.options.gradient_checkpointing:
             _checkpoint_gradients(model)
+        return model, new
+
+    def _make_parts(self, model: nn.Module, new: frozenset[str]) -> Parts:
+        options = self.options
         if options.wise_ft is not None:
             self._base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         average = MovingAverage(model, self.options.ema) if self.options.ema is not None else None
@@ -253,6 +265,9 @@ class Trainer:
         `average_gradients` follows. Either takes the mean over processes.
         """
         model, objective = self._parts.model, self.objective
+        if self.devices.sharded:
+            # All processes must call each block equally often, and after each time back: part by part.
+            pieces = [[part] for piece in pieces for part in piece]
         counts = self.devices.numbers(objective.count(pieces), len(pieces))
         total = sum(count for count, _ in counts)
         overlapped = self._reducer is not None and all(there for _, there in counts)
@@ -261,6 +276,9 @@ class Trainer:
             loss = 0.0
             if pieces or objective.joint:
                 loss = objective.step(model, pieces, float(total), self._backward)
+            if self.devices.sharded:
+                for _ in range(len(pieces), int(max(there for _, there in counts))):
+                    objective.step(model, [[self._spare]], math.inf, self._backward)
             if not overlapped:
                 average_gradients(model)
             self.devices.average_statistics(model)
@@ -273,7 +291,8 @@ class Trainer:
             parts.scaler.unscale_(parts.optimizer)
         learning = [p for p in parts.model.parameters() if p.grad is not None]
         limit = self.options.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(learning, math.inf if limit is None else limit))
+        clip = clip_gradients if self.devices.sharded else nn.utils.clip_grad_norm_
+        norm = float(clip(learning, math.inf if limit is None else limit))
         if parts.scaler is not None:
             parts.scaler.step(parts.optimizer)
             parts.scaler.update()
@@ -332,8 +351,13 @@ class Trainer:
     def _measured(self) -> dict[str, float]:
         """The metrics of the model as it is, of all validation rows."""
         self._parts.model.eval()
-        # Batches are those of one process, and so are the numbers.
-        predicted = self.devices.collect(self.devices.each(self._predict))
+        if self.devices.sharded:
+            # Blocks are whole where all processes call them.
+            predicted = [self._predict(0, 1)]
+        else:
+            # Batches are those of one process, and so are the numbers.
+            own = self.devices.each(lambda: self._predict(self.devices.rank, self.devices.world))
+            predicted = self.devices.collect(own)
         return self.devices.first(lambda: self.objective.measured(interleaved(predicted)))
 
     @property
@@ -373,8 +397,8 @@ class Trainer:
         model.load_state_dict(own)
 
     @torch.inference_mode()
-    def _predict(self) -> list[Any]:
-        batches = self.validation_batches(self.devices.rank, self.devices.world)
+    def _predict(self, rank: int, world: int) -> list[Any]:
+        batches = self.validation_batches(rank, world)
         return [self.objective.predict(self._parts.model, pieces) for pieces in batches]
 
     def validation_batches(self, rank: int = 0, world: int = 1) -> Iterator[Any]:
@@ -407,19 +431,21 @@ class Trainer:
             self._save_model(name)
 
     def _save_model(self, name: str) -> None:
-        self.devices.first(lambda: self._write_model(name))
+        state = whole(self._parts.model.state_dict()) if self.devices.sharded else None
+        self.devices.first(lambda: self._write_model(name, state))
 
-    def _write_model(self, name: str) -> None:
+    def _write_model(self, name: str, state: dict[str, torch.Tensor] | None) -> None:
         model: Any = self._parts.model
         if self._lora is not None:
             is_kept = self.options.lora_save == "adapter"
             model = self._lora.kept(bases_of(self.objective)) if is_kept else self._lora.merged()
-        with output_errors(self.run / name):
+        with output_errors(self.run / name), saving_whole(model, state):
             swap_folder(self.run / name, lambda folder: self.objective.save(model, folder))
 
     def _checkpoint(self) -> None:
-        drawn = self.devices.collect(generators(self.device))
-        self.devices.first(lambda: save_checkpoint(self.run / CHECKPOINT, self._parts, self.progress, drawn))
+        parts, drawn = self._parts, self.devices.collect(generators(self.device))
+        states = whole(learned(parts)) if self.devices.sharded else learned(parts)
+        self.devices.first(lambda: save_checkpoint(self.run / CHECKPOINT, parts, states, self.progress, drawn))
         self._saved = time.monotonic()
         self._pace.restart()
 

@@ -33,19 +33,23 @@ def not_decayed(model: nn.Module) -> frozenset[str]:
 
 
 def groups(model: nn.Module, options: TrainOptions, new: Collection[str]) -> list[dict[str, Any]]:
-    """Parameter groups: decayed or not, and at the highest rate or `head_lr` times that."""
+    """Parameter groups: decayed or not, and at the highest rate or `head_lr` times that.
+
+    Those that FSDP shares out are groups of their own: an optimizer computes all of a group at once.
+    """
     alone = not_decayed(model)
-    made: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    made: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            made.setdefault((name not in alone, name in new), []).append(parameter)
+            kind = name not in alone, name in new, hasattr(parameter, "device_mesh")
+            made.setdefault(kind, []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": options.weight_decay if decayed else 0.0,
             "lr": options.learning_rate * (options.head_lr if is_new else 1.0),
         }
-        for (decayed, is_new), parameters in sorted(made.items())
+        for (decayed, is_new, _), parameters in sorted(made.items())
     ]
 
 

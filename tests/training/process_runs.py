@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 process_runs.py FOLDER
 
-FOLDER/runs.json: name -> arguments of mmcli, or ["fusion", ...]; each process leaves FOLDER/RANK.json: name ->
-(exit code, what it said).
+FOLDER/runs.json: name -> arguments of mmcli, or ["fusion", ...], or ["fsdp", arguments of mmcli ...]; each process
+leaves FOLDER/RANK.json: name -> (exit code, what it said).
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ def run(arguments: list[str]) -> tuple[int, str]:
     from mmcli.cli.boundary import run as mmcli
 
     said = io.StringIO()
+    # As accelerate launch --use_fsdp says it.
+    sharded = arguments[0] == "fsdp"
+    os.environ["ACCELERATE_USE_FSDP"] = "true" if sharded else "false"
+    arguments = arguments[1:] if sharded else arguments
     with contextlib.redirect_stderr(said):
         code = train_fusion(*arguments[1:]) if arguments[0] == "fusion" else mmcli(arguments)
     return code, said.getvalue()

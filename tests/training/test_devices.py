@@ -22,11 +22,13 @@ import torch
 from process_runs import run as run_alone
 from safetensors.torch import load_file
 from test_contrastive import pair_rows
-from training_runs import image_files, still
+from training_runs import LABELS, image_files, sound_rows, still
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mmcli.core.errors import ConfigError
 from mmcli.training.data import Batches, InOrder
 from mmcli.training.devices import Devices, interleaved, launched, open_devices
+from mmcli.training.sharding import blocks_of
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -89,6 +91,22 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
+def sharded(folder: Path) -> dict[str, list[str]]:
+    """Commands for FSDP: sounds whose lengths make many batches of a piece; a model that writes."""
+    sounds = [{"audio": row.media[0].file, "label": LABELS[row.target]} for row in sound_rows(folder / "sounds", 9)]
+    heard = manifest(folder / "sounds.jsonl", sounds)
+    hubert = str(still(tiny_encoders.SOUNDS["hubert-group"](folder / "hubert")))
+    writer = str(still(tiny_captioners.vit_gpt2(folder / "vit_gpt2")))
+    pairs = str(folder / "pairs.jsonl")
+    common = ["--epochs", "2", "--batch-size", "4", *STEADY]
+    return {
+        "fsdp sounds": ["finetune", heard, "--val", heard, "-m", hubert, "--audio-column", "audio", *common,
+                        "--gradient-accumulation-steps", "2"],
+        "fsdp caption": ["finetune", pairs, "--val", pairs, "-m", writer, "--objective", "caption", *common,
+                         "--image-column", "image", "--target-column", "text", "--max-new-tokens", "8"],
+    }  # fmt: skip
+
+
 def with_run(arguments: list[str], run: Path) -> list[str]:
     """The run's folder where it belongs."""
     return ["fusion", str(run), *arguments[1:]] if arguments[0] == "fusion" else [*arguments, "-o", str(run)]
@@ -118,6 +136,7 @@ def stopping(folder: Path, equal: dict[str, list[str]]) -> dict[str, list[str]]:
         if any((0, 13) in keys for keys in Batches(14, 5, seed, rank=1, world=2))
     )  # fmt: skip
     return {
+        "probe": ["finetune", good, "--val", good, *common, "--objective", "probe", "-o", str(folder / "r6")],
         "whole": [*drawing, "-o", str(folder / "whole")],
         "stopped 1": [*stopped, "--time-limit", "0.001s"],
         "stopped 2": [*stopped, "--time-limit", "0.001s"],
@@ -140,6 +159,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     equal = commands(folder)
     several = {name: with_run(arguments, folder / f"two {name}") for name, arguments in equal.items()}
     several |= stopping(folder, equal)
+    divided = sharded(folder)
+    several |= {name: ["fsdp", *with_run(words, folder / f"two {name}")] for name, words in divided.items()}
+    written = ["fsdp", *divided["fsdp caption"], "-o", str(folder / "sharded")]
+    several |= {"sharded 1": [*written, "--time-limit", "0.001s"], "sharded 2": written}
+    several["not sharded"] = ["fsdp", *equal["contrastive"], "--ema", "0.9", "-o", str(folder / "r5")]
+    equal |= divided
     (folder / "runs.json").write_text(json.dumps(several))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -156,8 +181,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize(
-    "name", ["classify", "in pieces", "contrastive", "contrastive in pieces", "caption", "fusion"]
-)
+    "name",
+    ["classify", "in pieces", "contrastive", "contrastive in pieces", "caption", "fusion", "fsdp sounds",
+     "fsdp caption"],
+)  # fmt: skip
 def test_two_processes_give_the_weights_of_one(runs: Runs, name: str) -> None:
     """After eight steps or six, the last of each epoch with a row for one process alone: within 1e-6."""
     assert [code for code, _ in runs.both(name)] == [0, 0], runs.both(name)
@@ -183,6 +210,23 @@ def test_two_processes_go_on_exactly(runs: Runs) -> None:
         assert farthest(runs.folder / "stopped" / kept, runs.folder / "whole" / kept) == 0.0
 
 
+def test_a_run_that_is_shared_out_goes_on_exactly(runs: Runs) -> None:
+    assert [[code for code, _ in runs.both(f"sharded {n}")] for n in (1, 2)] == [[75, 75], [0, 0]]
+    for kept in ("best", "last"):
+        assert farthest(runs.folder / "sharded" / kept, runs.folder / "two fsdp caption" / kept) == 0.0
+
+
+def test_what_is_shared_out() -> None:
+    """Blocks, and none with a weight that is used elsewhere, too."""
+    config = GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=10)
+    model = GPT2LMHeadModel(config)
+    assert blocks_of(model) == list(model.transformer.h)
+    model.transformer.h[1].attn.c_proj.weight = model.transformer.wpe.weight
+    assert blocks_of(model) == [model.transformer.h[0], model.transformer.h[2]]
+    assert blocks_of(model, ["GPT2MLP"]) == []
+    assert blocks_of(torch.nn.Linear(1, 1)) == []
+
+
 def test_one_process_goes_on_with_a_run_of_two(runs: Runs) -> None:
     """Without dropout its weights are those of one process from the beginning."""
     assert runs.both("begun")[0][0] == 75
@@ -204,6 +248,8 @@ def test_one_process_goes_on_with_a_run_of_two(runs: Runs) -> None:
         ),
         ("preflight", 2, "mmcli: error: INPUT: {}/broken.jsonl#13 .truncated"),
         ("another run", 6, "mmcli: error: {}/whole is of another run: options.seed: was 0, is 1"),
+        ("not sharded", 2, "mmcli: error: FSDP and --objective contrastive exclude one another"),
+        ("probe", 2, "mmcli: error: --objective probe is of one process"),
         ("mistake", 2, "mmcli: error: --epochs '0' is not a number from 1 up"),
     ],
 )
@@ -211,7 +257,7 @@ def test_what_ends_one_process_ends_all_and_is_said_once(runs: Runs, name: str, 
     """Where the first process finds it, or the second one, or both."""
     (first, words), (second, silence) = runs.both(name)
     assert (first, second) == (code, code), words + silence
-    assert len(re.findall("mmcli: error", words)) == 1
+    assert len(re.findall("mmcli: error", words)) == (2 if name == "not sharded" else 1)
     assert re.search(said.format(re.escape(str(runs.folder))), words), words
     assert silence == ""
 
@@ -296,11 +342,7 @@ def test_who_is_launched() -> None:
     [
         ("cuda:1", {}, "--device cuda:1: of several processes each gets its own"),
         ("mps", {}, "--device mps: of several processes each gets its own"),
-        (
-            "cpu",
-            {"ACCELERATE_USE_FSDP": "true"},
-            "FSDP is not for mmcli finetune; every process has the whole model",
-        ),
+        ("cpu", {"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate launch: DEEPSPEED is not for mmcli finetune"),
     ],
 )
 def test_devices_that_several_processes_cannot_have(device: str, more: dict[str, str], said: str) -> None:

@@ -29,6 +29,7 @@ _STILL = {
     "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "hidden_dropout",
     "activation_dropout", "mask_time_prob", "layerdrop", "final_dropout", "seq_classif_dropout", "dropout_rate",
     "classifier_dropout", "feat_proj_dropout", "drop_path_rate", "drop_connect_rate", "projection_dropout_prob",
+    "attn_pdrop", "embd_pdrop", "resid_pdrop",
 }  # fmt: skip
 
 
