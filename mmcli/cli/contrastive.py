@@ -58,7 +58,7 @@ class ContrastiveRecipe:
         problems.check()
         assert network is not None
         if metric.startswith(_CONDITIONED) and not network.plan.detail.conditioned:
-            raise ConfigError(f"--metric {metric}: of models whose texts heed the clip beside them (X-CLIP)")
+            raise ConfigError(f"--metric {metric} is of models whose texts heed the clip beside them (X-CLIP)")
         return Contrastive(network, train.slots, measure_retrieval, measure_scores, metric=metric)  # type: ignore[arg-type]
 
     def targets(self, listed: Listed, objective: Any) -> list[Any]:

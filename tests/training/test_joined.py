@@ -486,6 +486,9 @@ def test_problems_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "a blip encodes no image here; known are" in told(f"--encoder=image={captioner}", text)
     assert "a bert encodes no image here" in told(f"--encoder=image={folders['text']}", text)
     clip = tiny_dual.BUILDERS["clip"](tmp_path / "clip")
+    assert "--metric conditioned_r_at_1 is of models whose texts heed" in told(
+        "-m", str(clip), "--metric", "conditioned_r_at_1"
+    )
     found = told("-m", str(clip), "--loss", "clip", "--projection-size", "8")
     assert "--loss goes with --encoder" in found
     assert "--projection-size goes with --encoder" in found
