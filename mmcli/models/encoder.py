@@ -191,7 +191,13 @@ def audio_spec(checkpoint: Checkpoint, exact: bool) -> AudioSpec:
     rate = sampling_rate(checkpoint)
     kernels = getattr(config, "conv_kernel", None)
     if not kernels:
-        return AudioSpec("fixed", rate)
+        if config.model_type != "wav2vec2-bert":
+            return AudioSpec("fixed", rate)
+        # Its spectrograms are as long as their sounds, with masks, which all its layers heed; `stride` of their
+        # frames (400 samples, 160 apart, whatever the rate) are one of the model's.
+        stride = int(checkpoint.processor_json("feature_extractor").get("stride", 2))
+        batching: Any = "fixed" if exact or config.add_adapter else "masked"
+        return AudioSpec(batching, rate, 400 + 160 * (stride - 1))
     # Samples for one output frame, through all convolutions: 400 for wav2vec2 (25 ms). SEW averages frames then.
     samples = getattr(config, "squeeze_factor", 1)
     for kernel, stride in zip(reversed(kernels), reversed(config.conv_stride), strict=True):

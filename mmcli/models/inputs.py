@@ -229,6 +229,8 @@ class AudioProcessor:
         arrays = {name: np.asarray(values[0]) for name, values in found.items()}
         if self._spec.batching == "fixed":
             return Sample("audio", arrays, group=_shapes(arrays))
+        if "input_features" in arrays:
+            return Sample("audio", arrays, length=len(arrays["input_features"]))
         values = arrays["input_values"]
         if self._spec.batching == "exact":
             return Sample("audio", {"input_values": values}, length=len(values), group=len(values))

@@ -275,6 +275,14 @@ def whisper(folder: Path) -> Path:
     )
 
 
+def conformer(folder: Path) -> Path:
+    config = hf.Wav2Vec2BertConfig(
+        **tiny._SIZE, **_COUNT, feature_projection_input_dim=32, conv_depthwise_kernel_size=7, classifier_proj_size=16
+    )
+    extractor = hf.SeamlessM4TFeatureExtractor(feature_size=16, num_mel_bins=16)
+    return tiny.save(folder, hf.Wav2Vec2BertForSequenceClassification(config), extractor)
+
+
 _NEAR = {"num_conv_pos_embeddings": 8}
 _STABLE = {**_NEAR, "do_stable_layer_norm": True}
 
@@ -285,6 +293,7 @@ SOUNDS: dict[str, Builder] = {
     "hubert-layer": waves("Hubert", "layer", **_STABLE),
     "sew-layer": waves("SEW", "layer", squeeze_factor=2, **_NEAR),
     "sew-group": waves("SEW", "group", squeeze_factor=2, **_NEAR),
+    "wav2vec2-bert": conformer,
     "wav2vec2-group": waves("Wav2Vec2", "group", **_NEAR),
     "wav2vec2-layer": waves("Wav2Vec2", "layer", **_STABLE),
     "wav2vec2-weighted": waves("Wav2Vec2", "layer", use_weighted_layer_sum=True, **_STABLE),
