@@ -18,6 +18,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
     from mmcli.cli.boundary import run
+    from mmcli.core.temporary import remove_temporary
 
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
@@ -26,6 +27,7 @@ def main() -> None:
                 stream.flush()
         except (OSError, ValueError):
             code = code or 141
+    remove_temporary()
     os._exit(code)
 
 

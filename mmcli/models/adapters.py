@@ -9,11 +9,8 @@ What applies them is in mmcli.models.merging.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcli.core.errors import ConfigError, one_line
+from mmcli.core.temporary import temporary_folder
 from mmcli.models.checkpoint import (
     ADAPTER_CONFIG,
     PICKLE_FILES,
@@ -240,9 +238,7 @@ def _combined(adapter: Adapter, config: dict[str, Any]) -> Path:
 
     Its weights are linked once they are there.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mmcli-adapter-"))
-    # Not in the children that are forked from this process.
-    atexit.register(_remove, folder, os.getpid())
+    folder = temporary_folder("adapter")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _link(adapter.directory, folder, weights=False)
     if "" in adapter.bases:
@@ -258,8 +254,3 @@ def _link(source: Path, folder: Path, weights: bool = True) -> None:
             continue
         if not os.path.lexists(folder / path.name):
             os.symlink(path.resolve(), folder / path.name)
-
-
-def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)

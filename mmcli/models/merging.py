@@ -40,6 +40,8 @@ def load_adapted(
         return model, info
     # Some weights and all tables that are computed keep float32: as they do in a model that is loaded so.
     low, _ = _load_base(checkpoint, adapter, model_class, {**options, "dtype": dtype})
+    if (words := _words(model)) is not None:
+        _add_words(low, len(words))
     if _is_tied(low) and not _is_tied(model):
         _untie(low)
     low.load_state_dict(model.state_dict())
@@ -112,6 +114,9 @@ def merge(model: Any, adapter: Adapter, reshaped: bool = False) -> set[str]:
         except Exception as error:
             raise ModelError(f"-m {adapter.id}: cannot load it: {one_line(str(error))}") from error
         file = _sorted(model, config, tensors, adapter)
+        own = next((name for name, p in model.named_parameters() if p is _words(model)), None)
+        if own in file.whole:
+            _add_words(model, len(file.whole[own]))
         _set_whole(model, file.whole, adapter, reshaped)
         if file.added:
             _add(model, config, file, adapter)
@@ -278,13 +283,29 @@ def _misfit(adapter: Adapter, why: str) -> ModelError:
     )
 
 
+def _words(model: Any) -> torch.Tensor | None:
+    """The vectors of tokens, [V, H]; None for a model that reads none."""
+    try:
+        found: torch.Tensor | None = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
+def _add_words(model: Any, count: int) -> None:
+    """To a vocabulary, for tokens that a tokenizer has got since: an adapter has the vectors of all."""
+    words = _words(model)
+    if words is not None and words.ndim == 2 and len(words) != count:
+        model.resize_token_embeddings(count, mean_resizing=False)
+
+
 def _is_tied(model: Any) -> bool:
     """Whether the layer that gives words shares the weights of the one that reads them."""
     try:
-        given, read = model.get_output_embeddings(), model.get_input_embeddings()
+        given = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return False
-    return given is not None and getattr(read, "weight", None) is getattr(given, "weight", 0)
+    return given is not None and _words(model) is getattr(given, "weight", 0)
 
 
 def _untie(model: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +196,56 @@ def test_files_beside_it_come_first(base: Path, adapter: Path) -> None:
     short: Any = " ".join(["red"] * 3)
     vectors = Run(adapter)("text", [long, short], 1, 2)
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_words_that_were_added(base: Path, tmp_path: Path, dtype: str) -> None:
+    """A tokenizer with a new token beside the adapter, which has the vectors of all tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["zebra"])
+    model = transformers.AutoModel.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    config = peft.LoraConfig(
+        r=2, target_modules=["query"], init_lora_weights=False, modules_to_save=["word_embeddings"]
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    inputs = tokenizer("a photo of zebra", return_tensors="pt")
+    assert len(tokenizer) - 1 in inputs["input_ids"]
+    with torch.inference_mode():
+        wanted = adapted(**inputs).last_hidden_state[:, 0].numpy()
+    found = Run(tmp_path / "adapter", pooling="cls", dtype=dtype)("text", ["a photo of zebra"], 1, 1)
+    cosine = (found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)
+    assert cosine > (0.999999 if dtype == "float32" else 0.999)
+
+
+def test_sentence_transformers(base: Path, tmp_path: Path) -> None:
+    """Their directory as a base: its pooling is kept."""
+    from sentence_transformers import SentenceTransformer
+
+    made = SentenceTransformer(str(base), device="cpu")
+    made.save(str(tmp_path / "sentences"))
+    model = trained(tmp_path / "sentences", tmp_path / "adapter", KINDS["lora"]())
+    vectors = Run(tmp_path / "adapter")("text", WORDS, 2, 3)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    with torch.inference_mode():
+        means = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0) for text in WORDS]
+    assert_same(vectors, torch.stack(means).numpy())
+    assert (tmp_path / "sentences" / "modules.json").is_file()
+
+
+def test_nothing_is_left_behind(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The folder of links is gone once the run is, but not before its workers have read it."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    command = ["embed", tmp_path / "in.jsonl", "--text-column", "text", "-m", adapter, "--pooling", "cls",
+               "--num-workers", "1", "-o", tmp_path / "out.jsonl"]  # fmt: skip
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    subprocess.run([sys.executable, "-m", "mmcli", *map(str, command)], env=environment, check=True)
+    found = [json.loads(line)["embedding"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(np.array(found), Run(adapter, pooling="cls")("text", WORDS, 3, 3), atol=1e-5)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_what_identifies_it(base: Path, adapter: Path, tmp_path: Path) -> None:
