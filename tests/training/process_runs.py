@@ -13,6 +13,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ def train_fusion(run: str, *bases: str) -> int:
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
     rows = devices.first(lambda: rows_of(folder / "images", 17))
-    options = TrainOptions(epochs=2, batch_size=4, learning_rate=0.1, optimizer="sgd", accumulation=2)
-    objective: Any = Classify(network_of(dict(zip(("text", "image"), map(Path, bases), strict=True))))
+    options = TrainOptions(
+        epochs=2, batch_size=4, learning_rate=0.1, optimizer="sgd", accumulation=2, average_best=2
+    )
+    network = network_of(dict(zip(("text", "image"), map(Path, bases), strict=True)))
+    objective: Any = Classify(replace(network, unimodal_heads=True), unimodal_loss=0.5)
     trainer_of(folder, objective, rows[:13], rows[11:], options, devices=devices).train()
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmcli.evaluation.diagnostics import Rows as Asked
 from mmcli.training.classify import Classify
 from mmcli.training.data import Row, Rows
 from mmcli.training.fusion import recombined
+from mmcli.training.log import read_metrics
 from mmcli.training.options import TrainOptions
 
 pytestmark = pytest.mark.slow
@@ -80,8 +82,10 @@ def rows_of(folder: Path, count: int, draw: Draw, seed: int, missing: float = 0.
 
 def learned(run: Path, bases: dict[str, Path], train: list[Row], val: list[Row], **options: Any) -> Any:
     """A trained model's run: (trainer, progress)."""
-    objective = Classify(network_of(bases, hidden_size=32, num_hidden_layers=2, intermediate_size=64))
     settings = TrainOptions(**{"epochs": 12, "batch_size": 16, "learning_rate": 3e-4, **options})
+    network = network_of(bases, hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+    network = replace(network, unimodal_heads=settings.unimodal_loss > 0)
+    objective = Classify(network, unimodal_loss=settings.unimodal_loss)
     trainer = trainer_of(run, objective, train, val, settings)
     trainer.data.train = Rows(train, objective.plan, settings.seed, None, settings.modality_dropout)
     return trainer, trainer.train()
@@ -112,6 +116,23 @@ def test_exclusive_or_of_two_modalities(tmp_path: Path, bases: dict[str, Path]) 
 def test_the_modality_that_is_leaned_on_is_named(tmp_path: Path, bases: dict[str, Path]) -> None:
     found = diagnosed(tmp_path / "run", bases, leaning, tmp_path / "images", modality_dropout=0.2)
     assert found.leans_on == "text"
+
+
+def test_heads_of_one_modality_tell_what_it_is_worth(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """With --unimodal-loss the picture is learned too, where the text alone would explain everything."""
+    train, val = (rows_of(tmp_path / "images", count, leaning, seed) for seed, count in enumerate((300, 150)))
+    learned(tmp_path / "run", bases, train, val, unimodal_loss=0.5)
+    lines = [line for line in read_metrics(tmp_path / "run") if "val_accuracy_image" in line]
+    assert lines[-1]["val_accuracy_text"] >= 0.95
+    limit = np.mean([row.target == _shown(row) for row in val])
+    assert lines[-1]["val_accuracy_image"] == pytest.approx(limit, abs=0.06)
+
+
+def _shown(row: Row) -> int:
+    """The label that a picture of `leaning` speaks for."""
+    assert row.media[0].file is not None
+    red, _, blue = np.asarray(Image.open(row.media[0].file)).mean(axis=(0, 1))
+    return int(blue > red)
 
 
 def test_modality_dropout_bears_what_is_missing(tmp_path: Path, bases: dict[str, Path]) -> None:
