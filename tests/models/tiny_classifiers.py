@@ -277,7 +277,11 @@ def whisper(folder: Path) -> Path:
 
 def conformer(folder: Path) -> Path:
     config = hf.Wav2Vec2BertConfig(
-        **tiny._SIZE, **_COUNT, feature_projection_input_dim=32, conv_depthwise_kernel_size=7, classifier_proj_size=16
+        **tiny._SIZE,
+        **_COUNT,
+        feature_projection_input_dim=32,
+        conv_depthwise_kernel_size=7,
+        classifier_proj_size=16,
     )
     extractor = hf.SeamlessM4TFeatureExtractor(feature_size=16, num_mel_bins=16)
     return tiny.save(folder, hf.Wav2Vec2BertForSequenceClassification(config), extractor)
