@@ -479,9 +479,14 @@ class Trainer:
 def _between(
     base: dict[str, torch.Tensor], learned: dict[str, torch.Tensor], share: float
 ) -> dict[str, torch.Tensor]:
-    """The weights at `share` of the way from one to the other."""
+    """The weights at `share` of the way from one to the other.
+
+    Of differences of low rank, B A, which begin at B = 0, B alone: the way of both factors would be a curve.
+    """
     return {
-        name: torch.lerp(base[name], tensor, share) if tensor.is_floating_point() else tensor
+        name: torch.lerp(base[name], tensor, share)
+        if tensor.is_floating_point() and ".lora_A." not in name
+        else tensor
         for name, tensor in learned.items()
     }
 

@@ -106,6 +106,23 @@ def test_kept_is_what_merged_is(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(plain[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
 
 
+def test_half_way_to_the_base(tmp_path: Path) -> None:
+    """Weights of a run with --wise-ft are on the straight line from the base's to those of a run without."""
+    found = {}
+    for share in (None, 0.25):
+        objective, rows = objective_and_rows("clip", tmp_path)
+        trainer = trainer_of(tmp_path / str(share), objective, rows, rows, replace(OPTIONS, wise_ft=share))
+        trainer.train()
+        kept = loaded(tmp_path / str(share) / "last", transformers.CLIPModel)
+        found[share] = {name: tensor.detach().clone() for name, tensor in kept.state_dict().items()}
+    base = loaded(tmp_path / "base", transformers.CLIPModel).state_dict()
+    name = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert (found[None][name] - base[name]).abs().max() > 1e-2
+    for name, tensor in base.items():
+        wanted = torch.lerp(tensor, found[None][name], 0.25) if tensor.is_floating_point() else tensor
+        torch.testing.assert_close(found[0.25][name], wanted, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_what_a_kept_adapter_is(tmp_path: Path) -> None:
     """Its head is peft's `modules_to_save`; its file has nothing of the base, but who it is."""
     objective, rows = objective_and_rows("vit", tmp_path)
