@@ -145,7 +145,7 @@ def _sorted(model: Any, config: Any, tensors: Mapping[str, torch.Tensor], adapte
 
     mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, 'lora_')}"
     names = {name: name.removeprefix(PREFIX) for name in tensors}
-    owners = {name: own.split(mark)[0] for name, own in names.items() if mark in own}
+    owners = {name: own.split(mark)[0] for name, own in names.items() if mark in own and own != name}
     plain = {name: _WRAPPERS.sub("", own) for name, own in names.items() if name not in owners}
     rename = _renaming(model, set(owners.values()), {name.rpartition(".")[0] for name in plain.values()})
     known, state = dict(model.named_modules()), model.state_dict()
@@ -248,7 +248,7 @@ def _add(model: Any, config: Any, file: _File, adapter: Adapter) -> None:
     try:
         adapted = peft.get_peft_model(model, config)
         found = peft.set_peft_model_state_dict(adapted, file.added)
-        lacking = [name for name in found.missing_keys if ".default" in name and ".lora_" in name]
+        lacking = [name for name in found.missing_keys if _is_own(name, config, file)]
         if found.unexpected_keys or lacking:
             raise _misfit(adapter, f"{(found.unexpected_keys or lacking)[0]} is in one of them alone")
         merged = adapted.merge_and_unload()
@@ -261,6 +261,15 @@ def _add(model: Any, config: Any, file: _File, adapter: Adapter) -> None:
     assert merged is model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learning.get(name, False))
+
+
+def _is_own(name: str, config: Any, file: _File) -> bool:
+    """Whether a weight is the adapter's, and no second name of one that layers share."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    shared = {own.rpartition(".")[2] for own in file.added if not own.startswith(PREFIX)}
+    mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "lora_")
+    return f".{mark}" in name and ".default" in name and not any(f".{one}." in name for one in shared)
 
 
 def _name_layers(config: Any, file: _File) -> None:

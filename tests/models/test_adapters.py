@@ -46,6 +46,11 @@ KINDS: dict[str, Callable[[], Any]] = {
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=ALL_LINEAR, init_weights=False),
     "lokr": lambda: peft.LoKrConfig(r=2, target_modules=ALL_LINEAR, init_weights=False),
     "oft": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=["query", "value"]),
+    "vblora": lambda: peft.VBLoRAConfig(
+        r=2, num_vectors=8, vector_length=4, topk=2, target_modules=["query", "value"]
+    ),
+    "tokens_alone": lambda: peft.TrainableTokensConfig(token_indices=[5, 6], target_modules=["word_embeddings"]),
+    "norms": lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]),
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["query", "value"]),
 }
 
