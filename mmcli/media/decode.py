@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import cache
 
 from mmcli.core.errors import RowError
 from mmcli.core.extensions import guess_modality
@@ -56,14 +58,19 @@ def decode(media: Media, options: DecodeOptions) -> tuple[Modality, Payload]:
         and len(media.data) <= min(options.max_bytes, options.max_whole_bytes)
     ):
         # As below, without a file: 5 us less for each of many tiny pictures.
-        from mmcli.media.image import decode_image
-
-        return media.modality, decode_image(media.data, options)
+        return media.modality, _image_decoder()(media.data, options)
     with open_media(media, options.max_bytes) as file:
         try:
             return _decode(media, file, options)
         except OSError as error:
             raise RowError("io", f"cannot read the file: {error.strerror or error}") from error
+
+
+@cache
+def _image_decoder() -> Callable[[bytes, DecodeOptions], Payload]:
+    from mmcli.media.image import decode_image
+
+    return decode_image
 
 
 def _decode(media: Media, file: File, options: DecodeOptions) -> tuple[Modality, Payload]:

@@ -143,12 +143,14 @@ def _turned(pixels: np.ndarray, turn: Image.Transpose | None) -> np.ndarray:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How the picture has to be turned (EXIF tag 274). Call after `load`: a PNG may have its EXIF block last."""
-    from PIL.Image import Transpose
-
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - whatever is wrong with the EXIF block, the picture is fine
         return None
+    if orientation == 1:
+        return None
+    from PIL.Image import Transpose
+
     return {
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
@@ -156,11 +158,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
+    from PIL import Image
+
     if mode.startswith("I") or mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if mode == "LAB":
