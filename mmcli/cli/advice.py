@@ -45,13 +45,14 @@ class Setting:
         workers_s = report.seconds["decode"] + report.seconds["process"]
         return cls(
             device=report.device,
-            dtype=getattr(plan, "dtype", None),
+            # A head's plan has that of the model which gives its vectors.
+            dtype=getattr(getattr(plan, "base", plan), "dtype", None),
             cores=report.cores,
             num_workers=report.num_workers,
             cores_busy=report.cores_busy(),
             process_share=decode["process"] / max(sum(decode.values()), 1e-9),
             computing=report.workers_cpu_s / workers_s if report.num_workers and workers_s else 1.0,
-            compiled=bool(getattr(plan, "compile", False)),
+            compiled=bool(getattr(getattr(plan, "base", plan), "compile", False)),
             exact_decode=plan.decode.exact_decode,
             min_image_size=plan.decode.min_image_size,
             batch_size=arguments.run.batch_size,

@@ -73,6 +73,7 @@ class Report:
     first_decoded_s: float | None = None
     first_result_s: float | None = None
     _begun: Mark | None = None
+    _fed: Mark | None = None
     _first: Mark | None = None
     _ended: Mark | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -110,7 +111,8 @@ class Report:
     def decoded(self, decode_s: float, process_s: float, cpu_s: float) -> None:
         """A worker has decoded some inputs, in so many seconds."""
         if self.first_decoded_s is None:
-            self.first_decoded_s = self.wall_s - decode_s - process_s
+            self._fed = self.mark()
+            self._fed.wall_s = self.first_decoded_s = self.wall_s - decode_s - process_s
         self.add("decode", decode_s)
         self.add("process", process_s)
         self.workers_cpu_s += cpu_s
@@ -132,11 +134,11 @@ class Report:
         return Mark(self.wall_s, self.done, seconds, self.cpu_s)
 
     def span(self) -> tuple[Mark, Mark]:
-        """What shares are of: the time after the first result where that is STEADY_S, else all since `begin`."""
+        """What shares are of: the time after the first result, if that is STEADY_S; else after the first input."""
         end = self._ended or self.mark()
         if self._first is not None and end.wall_s - self._first.wall_s >= STEADY_S:
             return self._first, end
-        return self._begun or Mark(), end
+        return self._fed or self._begun or Mark(), end
 
     def shares(self) -> dict[str, dict[str, float]]:
         """lane -> stage -> share of the wall time in which it was busy; of decode: each of the workers."""

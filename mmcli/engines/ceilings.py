@@ -23,6 +23,8 @@ READY = 8
 WARM_UP = 0.25
 # Decoded rows that are kept for the model, in windows.
 KEPT_WINDOWS = 4
+# So many records, which hold their bytes where these are inline, are read once.
+FEW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,12 @@ class RepeatedSource:
         self.slots, self.keep = source.slots, source.keep
         self._source, self._rows, self._seconds = source, rows, seconds
 
+    def expected(self, rows: int, seconds: float) -> int:
+        """How many rows will come, where `rows` took `seconds`."""
+        if self._rows is not None or self._seconds is None:
+            return self._rows or rows
+        return int(rows * max(1.0, self._seconds / max(seconds, 1e-9)))
+
     def snapshot(self, folder: Path) -> Snapshot:
         """That of the source, with the number of rows that will come."""
         return replace(self._source.snapshot(folder), rows=self._rows)  # type: ignore[type-var]
@@ -107,13 +115,18 @@ class RepeatedSource:
         for row, record in enumerate(self._endless()):
             if row == self._rows or (end is not None and time.perf_counter() >= end):
                 return
-            record.row = row
             if row >= start:
-                yield record
+                yield replace(record, row=row)
 
     def _endless(self) -> Iterator[Record]:
+        """A few are kept: to open their list again for each 20 rows would be what is measured."""
+        few: list[Record] = []
+        for record in self._source.records():
+            if len(few) <= FEW:
+                few.append(record)
+            yield record
         while True:
-            yield from self._source.records()
+            yield from few if len(few) <= FEW else self._source.records()
 
 
 @dataclass(slots=True)
@@ -127,10 +140,11 @@ class Decoding:
     kept: list[Arrived] = field(default_factory=list)
 
 
-def measure_decoding(source: Source, decoder: Decoder, report: Report, keep: int) -> Decoding:
+def measure_decoding(source: RepeatedSource, decoder: Decoder, report: Report, keep: int) -> Decoding:
     """Read and decode all of `source`, with nothing else at work; keeps the first `keep` decoded rows.
 
-    The clock runs from the first block of each worker on, and until the first worker has nothing left to do.
+    Blocks are as large as in a run over so many rows. The clock runs from the first block of each worker on, and
+    until the first worker has nothing left to do.
     """
     report.num_workers, workers = decoder.num_workers, max(1, decoder.num_workers)
     intake = Intake(source, decoder, report, 0, max_rows=4 * workers * BLOCK_ROWS)
@@ -142,6 +156,8 @@ def measure_decoding(source: Source, decoder: Decoder, report: Report, keep: int
         while (arrived := _next(intake)) is not None:
             done.rows += len(arrived)
             marks.append((done.rows, time.perf_counter(), report.cpu_s))
+            took = report.wall_s - (report.first_decoded_s or report.wall_s)
+            report.rows_total = source.expected(done.rows, took)
             intake.release(len(arrived), sum(row.nbytes for row in arrived))
             done.errors.update(_errors(arrived))
             good = [row for row in arrived if not _errors([row])]
