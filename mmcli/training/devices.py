@@ -204,7 +204,11 @@ def open_devices(name: str, environment: Mapping[str, str] = os.environ) -> Devi
         ) from error
     # accelerate counts CPUs, too.
     device = torch.device("cpu") if on_host else state.device
-    return Devices(state.process_index, state.num_processes, device, _asked("FSDP", environment), group)
+    sharded = _asked("FSDP", environment)
+    if sharded:
+        # Else transformers reads weights in the first process alone, for accelerate to hand them out.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return Devices(state.process_index, state.num_processes, device, sharded, group)
 
 
 def _on_host(name: str, local: int, environment: Mapping[str, str]) -> bool:

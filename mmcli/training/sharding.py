@@ -54,8 +54,9 @@ def shard(model: nn.Module, device: torch.device, world: int) -> None:
         raise ConfigError("accelerate launch: --fsdp_offload_params is not for mmcli finetune")
     blocks = blocks_of(model, plugin.transformer_cls_names_to_wrap)
     if not blocks:
+        named = ", ".join(plugin.transformer_cls_names_to_wrap or ()) or "what transformers does not split"
         raise ConfigError(
-            "FSDP: this model has no blocks that transformers knows of",
+            f"FSDP: this model has no list of {named}",
             hint="--fsdp_transformer_layer_cls_to_wrap NAME, or --multi_gpu in place of --use_fsdp",
         )
     mesh = init_device_mesh(device.type, (world,))

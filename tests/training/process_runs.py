@@ -50,7 +50,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
     said = io.StringIO()
     # As accelerate launch --use_fsdp says it.
     sharded = arguments[0] == "fsdp"
-    os.environ["ACCELERATE_USE_FSDP"] = "true" if sharded else "false"
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        os.environ[name] = "true" if sharded else "false"
     arguments = arguments[1:] if sharded else arguments
     with contextlib.redirect_stderr(said):
         code = train_fusion(*arguments[1:]) if arguments[0] == "fusion" else mmcli(arguments)
