@@ -50,6 +50,15 @@ def test_digits_start_from_their_configuration(sample_data: Path, sounds: Path, 
     assert {json.loads(line)["label"] for line in classified.read_text().splitlines()} <= {"0", "1"}
 
 
+def test_masks_do_not_depend_on_who_reads(sample_data: Path, sounds: Path, tmp_path: Path) -> None:
+    """SpecAugment draws alike, whether rows are read in the same process or in another."""
+    made = []
+    for workers in (0, 1):
+        assert start(sample_data, "digits", sounds, tmp_path / f"run{workers}", "--num-workers", workers) == 0
+        made.append((tmp_path / f"run{workers}" / "best" / "model.safetensors").read_bytes())
+    assert made[0] == made[1]
+
+
 def test_every_configuration_names_its_architecture(sample_data: Path) -> None:
     """As a user at the top of the repository runs it."""
     found = sorted((sample_data / "configs").glob("*/train.toml"))
@@ -69,3 +78,18 @@ def test_weights_are_missed_unless_from_config(
     assert mmcli([*asked, "--from-config", "--max-steps", "1", "--num-workers", "0", "--quiet"]) == 0
     # Nothing else takes it for a model.
     assert mmcli(["classify", str(sounds), "-m", str(copy)]) == 2
+
+
+def test_reading_a_sound_draws_nothing_from_others(sample_data: Path) -> None:
+    """What a model draws while it learns is not begun anew by each sound that is read in its process."""
+    import torch
+
+    from mmcli.core.records import Audio
+    from mmcli.models.options import Generation, ModelOptions
+    from mmcli.models.resolve import resolve_writer
+
+    given = ModelOptions(str(sample_data / "models" / "sounds"), device="cpu")
+    processor = resolve_writer(given, Generation(language="en")).open_processor()
+    before = torch.get_rng_state()
+    assert processor.record([("audio", Audio(np.ones(16_000, np.float32), 16_000))], ())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -224,8 +224,11 @@ class AudioProcessor:
             raise RowError(
                 "unsupported_format", f"{given:.0f} ms of sound; the model needs at least {needed:.0f} ms"
             )
+        # What else draws from numpy in this process goes on as if nothing had been read (SpecAugment in training).
+        state = np.random.get_state()
         np.random.seed(AUDIO_SEED)
         found = self._extractor(audio.waveform, sampling_rate=audio.sampling_rate, return_tensors="np")
+        np.random.set_state(state)
         arrays = {name: np.asarray(values[0]) for name, values in found.items()}
         if self._spec.batching == "fixed":
             return Sample("audio", arrays, group=_shapes(arrays))

@@ -229,9 +229,11 @@ class SpeechProcessor:
         """float32 [mel, frames]. One window at a time: the spectrum of an hour would take 0.9 GB."""
         import torch
 
-        # What dithering draws, of the few that dither, depends on no other window.
-        torch.manual_seed(AUDIO_SEED)
-        found = self._extractor(window, sampling_rate=self._extractor.sampling_rate, return_tensors="np")
+        # What dithering draws, of the few that dither, depends on no other window; and what else draws in this
+        # process goes on as if nothing had been read (dropout in training).
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(AUDIO_SEED)
+            found = self._extractor(window, sampling_rate=self._extractor.sampling_rate, return_tensors="np")
         features: np.ndarray = found["input_features"][0]
         return features
 
