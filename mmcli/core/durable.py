@@ -119,6 +119,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_files(source: Path, target: Path) -> None:
+    """Give all files of a folder a second name in another; copies where that cannot be. Raises OSError."""
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
 def swap_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a new folder, then put it in the place of `path`, which may be there already.
 
@@ -129,7 +141,7 @@ def swap_folder(path: Path, write: Callable[[Path], object]) -> None:
         remove(left)
     temporary.mkdir()
     write(temporary)
-    for file in temporary.iterdir():
+    for file in temporary.rglob("*"):
         fsync_file(file)
     fsync_folder(temporary)
     if path.exists():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcli.core.durable import output_errors, swap_folder
+from mmcli.core.durable import link_files, output_errors, swap_folder
 from mmcli.core.errors import ExitCode, ModelError, StateMismatch, Stopped, TryAgain
 from mmcli.training.augment import spare_short_sounds
 from mmcli.training.checkpoints import (
@@ -435,6 +435,12 @@ class Trainer:
         self.devices.first(lambda: self._write_model(name, state))
 
     def _write_model(self, name: str, state: dict[str, torch.Tensor] | None) -> None:
+        progress = self.progress
+        if name == LAST and progress.best_step == progress.step and self.options.average_best is None:
+            # It was written a moment ago; `best` may be an average only with that option.
+            with output_errors(self.run / name):
+                swap_folder(self.run / name, lambda folder: link_files(self.run / BEST, folder))
+            return
         model: Any = self._parts.model
         if self._lora is not None:
             is_kept = self.options.lora_save == "adapter"

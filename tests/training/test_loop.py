@@ -208,6 +208,20 @@ def test_it_learns_and_keeps_the_best(pictures: tuple[Path, Path], uninterrupted
     assert list(measured) == [4, 8, 12, 15]
 
 
+def test_the_last_model_is_the_best_where_the_last_evaluation_was(
+    tmp_path: Path, pictures: tuple[Path, Path]
+) -> None:
+    """It is not written twice, nor does what becomes of the one change the other."""
+    run = tmp_path / "run"
+    run_of(run, pictures, options=replace(OPTIONS, max_steps=4)).train()
+    assert_same_weights(run / "last", run / "best")
+    assert {one.name for one in (run / "last").iterdir()} == {one.name for one in (run / "best").iterdir()}
+    assert (run / "last" / "model.safetensors").samefile(run / "best" / "model.safetensors")
+    before = weights(run / "last")
+    run_of(run, pictures, options=replace(OPTIONS, max_steps=8)).train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(run / "last").items())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(
     tmp_path: Path, pictures: tuple[Path, Path]
 ) -> None:
