@@ -170,7 +170,7 @@ def test_all_problems_in_one_go(cli: Cli, tmp_path: Path) -> None:
     [
         (
             [],
-            "no command given; it is one of ask, caption, classify, embed, eval, finetune, inspect",
+            "no command given; it is one of ask, bench, caption, classify, embed, eval, finetune, inspect",
             "mmcli --help",
         ),
         (["emebd"], "no such command 'emebd'; did you mean embed?", "mmcli --help"),
