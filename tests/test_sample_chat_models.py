@@ -78,6 +78,7 @@ def test_chat_describes_the_sample_pictures(sample_data: Path, chat: tuple[str, 
     assert {row["finish_reason"] for row in rows} == {"stop"}
 
 
+@pytest.mark.slow
 def test_chat_is_not_misled_by_an_example(sample_data: Path, chat: tuple[str, Path], tmp_path: Path) -> None:
     """A solved case before the question: the answer must be about the second picture."""
     rows = rows_of(sample_data / "images.jsonl")

@@ -18,6 +18,7 @@ def test_a_few_signals(tmp_path: Path) -> None:
     assert tally.kills.total() >= 6
 
 
+@pytest.mark.slow
 def test_a_few_signals_to_answers(tmp_path: Path) -> None:
     tally = torture(tmp_path, NAMES, kills=4, seed=2, task=ASK)
     assert tally.kills.total() >= 4

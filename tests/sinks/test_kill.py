@@ -60,6 +60,16 @@ def fresh_folder(folder: Path) -> Path:
 
 
 CUTS = [5, 12, 13]
+# The commit protocol is one for every format; npy has the most files, and takes 75 s here.
+KINDS = [pytest.param(one, marks=pytest.mark.slow) if one[1] == "npy" else one for one in OUTPUTS]
+
+
+@pytest.fixture(params=KINDS, ids=["parquet-file", "jsonl-file", "parquet-folder", "npy-folder"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """(output, format)"""
+    out, format_name = request.param
+    (tmp_path / "work").mkdir()
+    return f"{tmp_path}/work/{out}", format_name
 
 
 def test_first_run_killed_anywhere(target: tuple[str, str]) -> None:

@@ -437,6 +437,7 @@ def test_pictures_and_texts_from_the_command_line(tmp_path: Path) -> None:
     assert measured(tmp_path / "again")["val_r_at_1"] >= 0.9
 
 
+@pytest.mark.slow
 def test_sounds_and_texts_from_the_command_line(tmp_path: Path) -> None:
     """As above with a model of our own: it learns three tones, and goes on from run/best."""
     folders = encoders(tmp_path, audio="hubert-layer", text="distilbert")
