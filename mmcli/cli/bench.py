@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from mmcli.cli.options import (
     MESSAGES,
     OUTPUT,
     RUN,
+    ConfigOption,
     InputArguments,
     ModelArguments,
     _option,
-    _read_config,
     with_options,
 )
 
@@ -67,17 +66,7 @@ class BenchMessageArguments:
     json: Annotated[bool, _option(OUTPUT, "--json", None, "One JSON object on stdout instead of a table.")] = False
     quiet: Annotated[bool, _option(MESSAGES, "--quiet", None, "The table and errors only.")] = False
     debug: Annotated[bool, _option(MESSAGES, "--debug", None, "Show tracebacks, and what libraries say.")] = False
-    config: Annotated[
-        Path | None,
-        _option(
-            MESSAGES,
-            "--config",
-            "FILE.toml",
-            "Read options from a TOML file; the command line wins.",
-            is_eager=True,
-            callback=_read_config,
-        ),
-    ] = None
+    config: ConfigOption = None
 
 
 @with_options

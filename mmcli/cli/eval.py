@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmcli.cli import parse
-from mmcli.cli.options import MESSAGES, OUTPUT, _option, _read_config, with_options
+from mmcli.cli.options import MESSAGES, OUTPUT, ConfigOption, _option, with_options
 from mmcli.core.errors import ConfigError, ExitCode, OutputError, StateMismatch
 
 if TYPE_CHECKING:
@@ -124,17 +124,7 @@ class ReportArguments:
         ),
     ] = None
     debug: Annotated[bool, _option(MESSAGES, "--debug", None, "Show tracebacks.")] = False
-    config: Annotated[
-        Path | None,
-        _option(
-            MESSAGES,
-            "--config",
-            "FILE.toml",
-            "Read options from a TOML file; the command line wins.",
-            is_eager=True,
-            callback=_read_config,
-        ),
-    ] = None
+    config: ConfigOption = None
 
 
 @with_options

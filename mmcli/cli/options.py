@@ -808,6 +808,19 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
+ConfigOption = Annotated[
+    Path | None,
+    _option(
+        MESSAGES,
+        "--config",
+        "FILE.toml",
+        "Read options from a TOML file; the command line wins.",
+        is_eager=True,
+        callback=_read_config,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class MessageArguments:
     """What is said on stderr."""
@@ -818,17 +831,7 @@ class MessageArguments:
         Path | None, _option(MESSAGES, "--log-file", "FILE", "Append the messages to FILE too.")
     ] = None
     debug: Annotated[bool, _option(MESSAGES, "--debug", None, "Show tracebacks, and what libraries say.")] = False
-    config: Annotated[
-        Path | None,
-        _option(
-            MESSAGES,
-            "--config",
-            "FILE.toml",
-            "Read options from a TOML file; the command line wins.",
-            is_eager=True,
-            callback=_read_config,
-        ),
-    ] = None
+    config: ConfigOption = None
 
 
 def with_options(function: Callable[..., int]) -> Callable[..., int]:

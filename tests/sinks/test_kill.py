@@ -68,8 +68,8 @@ KINDS = [pytest.param(one, marks=pytest.mark.slow) if one[1] == "npy" else one f
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
     """(output, format)"""
     out, format_name = request.param
-    (tmp_path / "work").mkdir()
-    return f"{tmp_path}/work/{out}", format_name
+    (tmp_path / "run").mkdir()
+    return f"{tmp_path}/run/{out}", format_name
 
 
 def test_first_run_killed_anywhere(target: tuple[str, str]) -> None:
