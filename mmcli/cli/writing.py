@@ -150,7 +150,12 @@ class WriteRecipe:
 
 
 def references(cell: Any) -> tuple[str, ...]:
-    """The texts of a cell: one, or those of a list; of objects (VQA v2), their `answer`. () where there is none."""
+    """The texts of a cell: one, or those of a list; of objects (VQA v2), their `answer`. () where there is none.
+
+    Segments with their times are one text, see mmcli.training.timed.
+    """
+    from mmcli.training.timed import joined_segments
+
     if isinstance(cell, str):
         return (cell.strip(),) if cell.strip() else ()
     if cell is None:
@@ -158,6 +163,8 @@ def references(cell: Any) -> tuple[str, ...]:
     if hasattr(cell, "tolist"):
         return tuple(f"{value:g}" for value in cell.ravel().tolist())
     if isinstance(cell, list | tuple):
+        if (timed := joined_segments(cell)) is not None:
+            return (timed,)
         values = [value.get("answer") if isinstance(value, dict) else value for value in cell]
         return tuple(text for value in values for text in references(value))
     return (str(cell),)
@@ -181,8 +188,9 @@ def measure_speech(texts: Sequence[str], wanted: Sequence[tuple[str, ...]]) -> d
     import numpy as np
 
     from mmcli.evaluation.speech import edits, plain_text
+    from mmcli.training.timed import without_times
 
-    heard, true = [plain_text(text) for text in texts], [plain_text(one[0]) for one in wanted]
+    heard, true = [plain_text(text) for text in texts], [plain_text(without_times(one[0])) for one in wanted]
     exact = float(np.mean([a == b for a, b in zip(heard, true, strict=True)]))
     *each, words = edits(true, heard)[0].sum(axis=0)
     return {"exact_match": exact, "wer": float(sum(each) / max(1.0, words))}

@@ -21,6 +21,7 @@ from mmcli.models.chat_inputs import control_tokens
 from mmcli.models.inputs import open_tokenizer
 from mmcli.models.plan import GenerationPlan
 from mmcli.training.classify import copy_processor
+from mmcli.training.timed import has_times, split_times, without_times
 from mmcli.training.write import GENERATION_FILE, Sums, commonest
 
 # Of targets: what counts for nothing.
@@ -143,12 +144,31 @@ def check_texts(plan: GenerationPlan, references: Sequence[tuple[str, ...]]) -> 
     tokenizer = open_tokenizer(plan.checkpoint)
     control, cut = control_tokens(tokenizer), 0
     for texts in references:
-        text = commonest(texts)
+        text, times = commonest(texts), 0
+        if has_times(text):
+            times = len(_checked_times(plan, text))
+            text = without_times(text)
         if found := control.search(text):
             raise ConfigError(f"{one_line(text, 80)!r} holds {found[0]!r}, one of the model's own tokens")
         # The end is one more.
-        cut += len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= plan.generation.max_new_tokens
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + times
+        cut += tokens >= plan.generation.max_new_tokens
     return cut
+
+
+def _checked_times(plan: GenerationPlan, text: str) -> list[tuple[float, str]]:
+    """A text's times and words. Raises ConfigError for what the model cannot write."""
+    if plan.family != speech.FAMILY:
+        raise ConfigError(
+            f"{one_line(text, 80)!r} has times, and -m {plan.checkpoint.id} writes none; Whisper does"
+        )
+    try:
+        found = split_times(text)
+    except ValueError as error:
+        raise ConfigError(f"{one_line(text, 80)!r}: {error}; as in '<|0.00|> words<|1.20|>'") from error
+    if found[-1][0] > (window := _window_seconds(plan)):
+        raise ConfigError(f"{one_line(text, 80)!r}: -m {plan.checkpoint.id} hears windows of {window:g} seconds")
+    return found
 
 
 # ------------------------------------------------------------------------------------------ captioners
@@ -339,7 +359,7 @@ def _window_seconds(plan: GenerationPlan) -> float:
 
 
 class SpeechTokens(Tokens):
-    """Of Whisper: the text between two timestamps, those of begin and end, as inference makes it write."""
+    """Of Whisper: the text with its times, or between those of begin and end, as inference makes it write."""
 
     def _ends(self, loaded: Any) -> Sequence[int]:
         return [int(loaded.generation_config.eos_token_id)]
@@ -355,11 +375,19 @@ class SpeechTokens(Tokens):
     def target(self, sample: Sample, text: str) -> list[int]:
         """Of a sound of one window."""
         length = float(sample.arrays["window"][1])
+        parts = split_times(text) if has_times(text) else [(0.0, text.strip()), (length, "")]
+        found: list[int] = []
+        for time, words in parts:
+            found.append(self._timestamp(time))
+            if words:
+                found += self.tokenizer(" " + words, add_special_tokens=False)["input_ids"]
+        return [*found, self.ends[0]][: self.plan.generation.max_new_tokens]
+
+    def _timestamp(self, seconds: float) -> int:
+        """Its token."""
         tongue: speech.Tongue = self.plan.detail
-        steps = min(round(length / self._precision), self.plan.checkpoint.config.max_source_positions)
-        words = self.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
-        found = [tongue.first, *words, tongue.first + steps, self.ends[0]]
-        return found[: self.plan.generation.max_new_tokens]
+        last: int = self.plan.checkpoint.config.max_source_positions
+        return tongue.first + min(round(seconds / self._precision), last)
 
     @cached_property
     def _precision(self) -> float:
