@@ -77,7 +77,7 @@ class Recipe(Protocol):
     def metrics(self) -> tuple[str, ...]: ...
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
-        """The columns of manifests that rows are learned from, beside media, by the flag that names each."""
+        """The columns of manifests that rows are learned from, beside media, with the flag that names each."""
         ...
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
@@ -103,7 +103,7 @@ class ClassifyRecipe:
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
         """The label's."""
-        return {"--label-column": training.label_column}
+        return {training.label_column: "--label-column"}
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Two labels at least, and none that only validation rows have."""
@@ -190,8 +190,8 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, recipe: Recipe) 
         text_column=asked.text_column,
         path_column=asked.path_column,
         id_column=asked.id_column,
-        variables=tuple(columns.values()),
-        variables_said=tuple(f"{flag} {column}" for flag, column in columns.items()),
+        variables=tuple(columns),
+        variables_said=tuple(f"{flag} {column}" for column, flag in columns.items()),
         hidden=asked.hidden,
         follow_symlinks=asked.follow_symlinks,
         input_format=asked.input_format,

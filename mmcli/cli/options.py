@@ -583,6 +583,16 @@ class TrainingArguments:
     language: Annotated[
         str | None, _option(TRAINING, "--language", "LANGUAGE", "caption by Whisper: of the texts, de or german.")
     ] = None
+    auxiliary_column: Annotated[
+        list[str] | None,
+        _option(
+            TRAINING,
+            "--auxiliary-column",
+            "COLUMN",
+            "caption, vqa: labels that the encoder learns to tell beside, by heads that are thrown away: helps "
+            "models that begin with random weights. Repeatable.",
+        ),
+    ] = None
     new_answers: Annotated[
         bool,
         _option(
@@ -745,6 +755,12 @@ class OptimizationArguments:
             "With --encoder: add the losses of a head on each modality alone, so that all are learned; e.g. 0.5.",
         ),
     ] = "0"
+    auxiliary_loss: Annotated[
+        str,
+        _option(
+            OPTIMIZATION, "--auxiliary-loss", "WEIGHT", "With --auxiliary-column: weight of the sum of its losses."
+        ),
+    ] = "0.3"
     wise_ft: Annotated[
         str | None,
         _option(

@@ -46,7 +46,7 @@ class ProbeRecipe:
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
         """The label's."""
-        return {"--label-column": training.label_column}
+        return {training.label_column: "--label-column"}
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Two labels at least, none that only validation rows have, and one medium in a row."""

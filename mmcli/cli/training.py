@@ -29,6 +29,7 @@ from mmcli.cli.options import (
 from mmcli.cli.parse import Problems
 from mmcli.cli.probe import FEATURES, train_probe
 from mmcli.cli.signals import Signals
+from mmcli.cli.writing import WRITING, auxiliary_cells, auxiliary_labels
 from mmcli.core.durable import make_folder, output_errors, read_json, remove, write_durably, write_json
 from mmcli.core.errors import ConfigError, ExitCode, MmcliError, StateMismatch, Stopped
 from mmcli.core.job import Job, differences
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from mmcli.models.options import ModelOptions
     from mmcli.sinks.lock import Lock
+    from mmcli.training.auxiliary import AuxiliaryLabels
     from mmcli.training.checkpoints import Progress
     from mmcli.training.contrastive import Contrastive
     from mmcli.training.data import Row
@@ -64,6 +66,7 @@ class Command:
     val: Listed
     objective: Objective
     options: TrainOptions
+    auxiliary: AuxiliaryLabels | None
     job: Job
     run: Path
     num_workers: int
@@ -193,6 +196,9 @@ def _check(given: Given, messages: Messages) -> Command:
         from mmcli.training.lora import check_lora
 
         problems.collect(check_lora, objective, options.lora_save)
+    auxiliary = None
+    if objective is not None and train is not None and options is not None:
+        auxiliary = auxiliary_labels(given.training, train, options.auxiliary_loss, problems)
     problems.check()
     assert train is not None
     assert val is not None
@@ -201,13 +207,14 @@ def _check(given: Given, messages: Messages) -> Command:
     assert run is not None
     told = {**options.describe(), "objective": given.training.objective, "from_config": given.training.from_config}
     told["fusion"] = _described(given, objective)
+    told["auxiliary"] = {} if auxiliary is None else {name: len(c) for name, c in auxiliary.classes.items()}
     told |= {"missing_policy": given.training.missing_policy, "metric": metric}
     inputs = {"train": train.digest, "val": val.digest, "rows": len(train.records), "val_rows": len(val.records)}
     inputs["labels"] = digest_of(train.labels + val.labels)
     job = Job("finetune", objective.plan.describe(), told, inputs)
     automatic = max(1, min(8, parse.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return Command(
-        train, val, objective, options, job, run,
+        train, val, objective, options, auxiliary, job, run,
         automatic if workers is None else workers, timeout_s or 0.0, checkpoint_s or 0.0, time_limit_s,
     )  # fmt: skip
 
@@ -246,6 +253,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
     if asked.lora_rank is not None and asked.average_best is not None:
         problems.add("--average-best is of whole weights, not of --lora-rank; leave one of them out")
     _check_lora(given, problems)
+    _check_auxiliary(given, problems)
     if asked.precision == "fp16" and given.model.device == "cpu":
         problems.add("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     if batch_size is not None and pieces is not None and pieces > batch_size:
@@ -269,6 +277,7 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "freeze": parse.split_names(training.freeze),
         "ema": _optional(problems, parse.share, "--ema", asked.ema),
         "modality_dropout": problems.collect(parse.share, "--modality-dropout", asked.modality_dropout),
+        "auxiliary_loss": problems.collect(parse.decimal, "--auxiliary-loss", asked.auxiliary_loss),
         "unimodal_loss": problems.collect(parse.decimal, "--unimodal-loss", asked.unimodal_loss),
         "wise_ft": _optional(problems, parse.share, "--wise-ft", asked.wise_ft),
         "average_best": _optional(problems, parse.number, "--average-best", asked.average_best, 2),
@@ -297,6 +306,27 @@ def _without_encoders(policy: str, values: dict[str, Any], problems: Problems) -
         if values[name]:
             flag = f"--{name.replace('_', '-')}"
             problems.add(f"{flag} is of rows with several media, and --encoder MODALITY=MODEL; leave it out")
+
+
+def _check_auxiliary(given: Given, problems: Problems) -> None:
+    training, asked = given.training, given.training.auxiliary_column or []
+    if not asked:
+        return
+    recipe = WRITING.get(training.objective)
+    if recipe is None:
+        problems.add(
+            f"--auxiliary-column is for --objective {' and '.join(WRITING)}, not {training.objective}; leave it out"
+        )
+        return
+    own = {
+        training.question_column: "--question-column",
+        training.target_column or recipe.target: "--target-column",
+    }
+    problems.lines += [f"--auxiliary-column {name} is {own[name]}, too" for name in asked if name in own]
+    if given.optimization.lora_rank is not None:
+        problems.add("--auxiliary-column teaches the encoder, of which --lora-rank learns differences alone")
+    if launched(os.environ)[1] > 1:
+        problems.add("--auxiliary-column is for one process, not for torchrun")
 
 
 def _check_lora(given: Given, problems: Problems) -> None:
@@ -402,7 +432,9 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals,
     progress = messages.training_progress()
     events = Events(progress.told, lambda: stop[0] if stop else None, messages.note, progress.stepped)
     device = devices.device or _device(given, messages)
-    trainer = Trainer(command.run, command.objective, data, options, limits, events, device, devices)
+    trainer = Trainer(
+        command.run, command.objective, data, options, limits, events, device, devices, auxiliary=command.auxiliary
+    )
     with signals.asking(stop.append), progress:
         reached = trainer.train()
     devices.first(lambda: _heard(signals, lambda: _diagnose(command, trainer, messages)))
@@ -529,7 +561,11 @@ def _rows(command: Command, listed: Listed, used: dict[int, Record]) -> list[Row
     from mmcli.training.data import Row
 
     targets = RECIPES[command.objective.name].targets(listed, command.objective)
-    return [Row(record.id, record.media, targets[n], record.variables) for n, record in used.items()]
+    rows = [Row(record.id, record.media, targets[n], record.variables) for n, record in used.items()]
+    if (labels := command.auxiliary) is not None and listed is command.train:
+        for row, record in zip(rows, used.values(), strict=True):
+            row.auxiliary = labels.indices(auxiliary_cells(record, len(labels.classes)))
+    return rows
 
 
 def _preflight(given: Given, command: Command, messages: Messages) -> dict[str, dict[int, Record]]:

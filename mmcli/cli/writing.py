@@ -12,12 +12,14 @@ from mmcli.cli.messages import Messages
 from mmcli.cli.options import TrainingArguments
 from mmcli.cli.parse import Problems
 from mmcli.core.errors import ConfigError
+from mmcli.core.records import Record
 from mmcli.core.template import Template
 
 if TYPE_CHECKING:
     from mmcli.cli.objectives import Given, Listed
     from mmcli.models.options import Generation, ModelOptions
     from mmcli.models.plan import GenerationPlan
+    from mmcli.training.auxiliary import AuxiliaryLabels
     from mmcli.training.objective import Objective
     from mmcli.training.options import TrainOptions
     from mmcli.training.write import Form
@@ -42,9 +44,10 @@ class WriteRecipe:
     labelled: bool = False
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
-        """The question's, and the text's that is learned."""
-        asked = {"--question-column": training.question_column} if self.name == "vqa" else {}
-        return {**asked, "--target-column": training.target_column or self.target}
+        """The question's, those of auxiliary labels, and last the text's that is learned."""
+        asked = {training.question_column: "--question-column"} if self.name == "vqa" else {}
+        auxiliary = dict.fromkeys(training.auxiliary_column or (), "--auxiliary-column")
+        return {**asked, **auxiliary, training.target_column or self.target: "--target-column"}
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """A text in every row."""
@@ -105,7 +108,7 @@ class WriteRecipe:
             max_new_tokens=limit or _TOKENS[self.name],
             limited=limit is not None,
             questions=("{" + question + "}",) if self.name == "vqa" else (),
-            variables=tuple(self.columns(given.training).values()),
+            variables=tuple(self.columns(given.training)),
             task="ask" if self.name == "vqa" else "caption",
             language=given.training.language,
         )
@@ -147,6 +150,34 @@ class WriteRecipe:
     def targets(self, listed: Listed, objective: Any) -> list[Any]:
         """All texts that a row has."""
         return [references(record.variables[-1]) if record.variables else () for record in listed.records]
+
+
+def auxiliary_labels(
+    training: TrainingArguments, train: Listed, weight: float, problems: Problems
+) -> AuxiliaryLabels | None:
+    """What --auxiliary-column asks for, of the training rows; None: nothing."""
+    from mmcli.training.auxiliary import AuxiliaryLabels, label_text
+
+    names = list(dict.fromkeys(training.auxiliary_column or ()))
+    if not names:
+        return None
+    media = {one.modality for record in train.records for one in record.media} - {"text", None}
+    if len(media) != 1:
+        problems.add("--auxiliary-column: name one column of what is seen or heard: --image-column, ...")
+        return None
+    cells = [auxiliary_cells(record, len(names)) for record in train.records if record.error is None]
+    classes = {}
+    for name, column in zip(names, zip(*cells, strict=True), strict=True):
+        labels = sorted({label for cell in column if (label := label_text(cell)) is not None})
+        if len(labels) < 2:
+            problems.add(f"--auxiliary-column {name}: its rows have {len(labels)} labels; two are needed")
+        classes[name] = tuple(labels)
+    return AuxiliaryLabels(str(*media), classes, weight)
+
+
+def auxiliary_cells(record: Record, count: int) -> tuple[Any, ...]:
+    """A record's cells in the columns of auxiliary labels: before that of the text."""
+    return record.variables[-1 - count : -1]
 
 
 def references(cell: Any) -> tuple[str, ...]:

@@ -30,22 +30,28 @@ _NAMED = 3
 
 @dataclass(slots=True)
 class Row:
-    """A row to learn from. `target`: what an objective makes of its label."""
+    """A row to learn from.
+
+    target     what an objective makes of its label
+    auxiliary  its indices of auxiliary labels, see mmcli.training.auxiliary
+    """
 
     id: str
     media: tuple[Media, ...]
     target: Any = None
     variables: tuple[Any, ...] = ()
+    auxiliary: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Item:
-    """A row that was decoded and processed. `lost`: its media that could not be read, and count as missing."""
+    """A Row that was decoded and processed. `lost`: its media that could not be read, and count as missing."""
 
     row: int
     samples: tuple[Sample, ...]
     target: Any
     lost: tuple[tuple[str, RowError], ...] = ()
+    auxiliary: tuple[int, ...] = ()
 
 
 class UnreadableRow(MmcliError):
@@ -119,7 +125,9 @@ class Rows(Dataset[Any]):
         found = self._read(key, row.media)
         if isinstance(found, RowError) and self.masked is not None:
             found, lost = self._without_unreadable(key, found)
-        return (index, found) if isinstance(found, RowError) else Item(index, found, row.target, lost)
+        return (
+            (index, found) if isinstance(found, RowError) else Item(index, found, row.target, lost, row.auxiliary)
+        )
 
     def drawn(self, most: int) -> Rows:
         """All of them, or so many, drawn at random but always the same, in order."""

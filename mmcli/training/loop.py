@@ -17,6 +17,7 @@ from torch import nn
 from mmcli.core.durable import link_files, output_errors, swap_folder
 from mmcli.core.errors import ExitCode, ModelError, StateMismatch, Stopped, TryAgain
 from mmcli.training.augment import spare_short_sounds
+from mmcli.training.auxiliary import AuxiliaryHeads, AuxiliaryLabels
 from mmcli.training.checkpoints import (
     Parts,
     Progress,
@@ -104,7 +105,10 @@ class Pace:
 
 @dataclass
 class Trainer:
-    """One run, in its folder, of one process or several: then all of them call `train`."""
+    """One run, in its folder, of one process or several: then all of them call `train`.
+
+    auxiliary  what the encoder learns to tell beside the objective, which is a `Write` then
+    """
 
     run: Path
     objective: Objective
@@ -115,6 +119,8 @@ class Trainer:
     device: torch.device
     devices: Devices = field(default_factory=Devices)
     progress: Progress = field(default_factory=Progress)
+    auxiliary: AuxiliaryLabels | None = None
+    _heads: AuxiliaryHeads | None = None
     _lora: Lora | None = None
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOG_STEPS))
     _pace: Pace = field(default_factory=Pace)
@@ -189,6 +195,9 @@ class Trainer:
         if options.lora_rank is not None:
             self._lora = Lora(model, options.lora_rank, options.lora_alpha, new)
             new = self._lora.new
+        if self.auxiliary is not None:
+            self._heads = AuxiliaryHeads(model, self.auxiliary)
+            new |= self._heads.names
         self._frozen = freeze(model, options.freeze)
         self.objective.adapted(model)
         if self.options.gradient_checkpointing:
@@ -254,7 +263,10 @@ class Trainer:
         self._forecast.after(progress.step)
         if progress.step <= LOG_STEPS or progress.step % LOG_STEPS == 0:
             mean, highest = sum(self._losses) / len(self._losses), options.learning_rate
-            self._tell(loss=mean, lr=highest * share, grad_norm=norm, rows_per_s=round(self._pace.lap(), 2))
+            beside = {} if self._heads is None else {"auxiliary_loss": self._heads.total}
+            self._tell(
+                loss=mean, **beside, lr=highest * share, grad_norm=norm, rows_per_s=round(self._pace.lap(), 2)
+            )
 
     def _gradients(self, pieces: list[Any]) -> float:
         """Those of the whole batch, in every process; returns its loss.
@@ -272,6 +284,8 @@ class Trainer:
         total = sum(count for count, _ in counts)
         overlapped = self._reducer is not None and all(there for _, there in counts)
         self._left = len(pieces) if overlapped else -1
+        if self._heads is not None:
+            self._heads.begin([self.objective.auxiliary(piece) for piece in pieces])  # type: ignore[attr-defined]
         with in_touch(), self._autocast():
             loss = 0.0
             if pieces or objective.joint:
@@ -303,6 +317,8 @@ class Trainer:
         return norm
 
     def _backward(self, loss: torch.Tensor) -> None:
+        if self._heads is not None:
+            loss = loss + self._heads.loss()
         if self.devices.world > 1 and not self.objective.joint:
             # The sum over processes, of which the mean is taken.
             loss = loss * self.devices.world
@@ -445,7 +461,8 @@ class Trainer:
         if self._lora is not None:
             is_kept = self.options.lora_save == "adapter"
             model = self._lora.kept(bases_of(self.objective)) if is_kept else self._lora.merged()
-        with output_errors(self.run / name), saving_whole(model, state):
+        without = nullcontext() if self._heads is None else self._heads.removed()
+        with output_errors(self.run / name), saving_whole(model, state), without:
             swap_folder(self.run / name, lambda folder: self.objective.save(model, folder))
 
     def _checkpoint(self) -> None:

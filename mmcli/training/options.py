@@ -39,6 +39,7 @@ class TrainOptions:
                    they and new weights are saved alone
     modality_dropout  share of the modalities that are left out of rows of several, at random
     unimodal_loss  weight of the losses of heads that see one modality alone; 0: there are none
+    auxiliary_loss  weight of the losses of heads on auxiliary labels (see mmcli.training.auxiliary)
     """
 
     epochs: int = 3
@@ -64,6 +65,7 @@ class TrainOptions:
     balance: bool = False
     modality_dropout: float = 0.0
     unimodal_loss: float = 0.0
+    auxiliary_loss: float = 0.3
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_save: str = "merged"

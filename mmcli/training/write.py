@@ -77,11 +77,13 @@ class Part:
 
     targets     see Form
     references  what each row's annotators wrote
+    auxiliary   int64 [n, columns]: the auxiliary labels
     """
 
     batch: Batch
     targets: torch.Tensor
     references: list[tuple[str, ...]]
+    auxiliary: torch.Tensor
 
 
 Piece = list[Part]
@@ -150,7 +152,12 @@ class Write:
 
     def _part(self, items: Sequence[Item]) -> Part:
         samples, references = [item.samples[0] for item in items], [item.target for item in items]
-        return Part(self._host.collate(samples), self.form.targets(samples, references), references)
+        auxiliary = torch.tensor([item.auxiliary for item in items])
+        return Part(self._host.collate(samples), self.form.targets(samples, references), references, auxiliary)
+
+    def auxiliary(self, piece: Piece) -> torch.Tensor:
+        """The labels of a piece's rows, int64 [n, columns], as the model's encoder gets them."""
+        return torch.cat([part.auxiliary for part in piece])
 
     def count(self, pieces: Sequence[Piece]) -> int:
         """Tokens; rows, of a model that chooses."""
