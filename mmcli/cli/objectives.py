@@ -25,7 +25,7 @@ from mmcli.cli.options import (
 from mmcli.cli.parse import Problems
 from mmcli.cli.probe import ProbeRecipe
 from mmcli.cli.support import label_of
-from mmcli.cli.writing import WRITING
+from mmcli.cli.writing import MESSAGES, WRITING, split_conversations
 from mmcli.core.errors import ConfigError
 from mmcli.core.records import Modality, Record
 
@@ -181,6 +181,7 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, recipe: Recipe) 
     if folders and manifests:
         raise ConfigError(f"{what}: give folders or manifests, not both")
     columns = recipe.columns(given.training) if manifests else {}
+    conversations = [column for column, flag in columns.items() if flag == MESSAGES]
     options = SourceOptions(
         inputs=inputs,
         glob=tuple(asked.glob or ()),
@@ -204,6 +205,8 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, recipe: Recipe) 
         records = list(source.records())
     if not records:
         raise ConfigError(f"{what}: there are no rows in {' '.join(inputs)}")
+    if conversations:
+        split_conversations(records, conversations[0], what)
     kind, column = "manifest" if manifests else "folder", given.training.label_column
     labels = _labels_of(records, kind, column, what) if recipe.labelled else []
     return Listed(records, labels, snapshot.digest, dict(snapshot.modalities), source.slots)

@@ -205,6 +205,15 @@ class QuestionArguments:
     questions: Annotated[
         Path | None, _option(QUESTIONS, "--questions", "FILE", "A file with a question a line, each for every row.")
     ] = None
+    messages_column: Annotated[
+        str | None,
+        _option(
+            QUESTIONS,
+            "--messages-column",
+            "COLUMN",
+            "Instead of questions: manifest column with a conversation, which a chat model goes on with.",
+        ),
+    ] = None
     features_column: Annotated[
         str | None,
         _option(
@@ -560,8 +569,17 @@ class TrainingArguments:
         ),
     ] = None
     question_column: Annotated[
-        str, _option(TRAINING, "--question-column", "COLUMN", "vqa: column with questions.")
-    ] = "question"
+        str | None, _option(TRAINING, "--question-column", "COLUMN", "vqa: column with questions [question].")
+    ] = None
+    messages_column: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            "--messages-column",
+            "COLUMN",
+            "vqa by chat models: column with a conversation, whose last turn is learned, instead of the other two.",
+        ),
+    ] = None
     prompt: Annotated[
         str | None,
         _option(

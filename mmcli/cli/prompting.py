@@ -73,7 +73,11 @@ def read_questions(
     from mmcli.models.options import Generation
 
     before = len(problems.lines)
-    questions = problems.collect(_questions, asked) or ()
+    if asked.messages_column is None:
+        questions = problems.collect(_questions, asked) or ()
+    else:
+        questions = ()
+        _check_alone(asked, how, problems)
     answers = problems.collect(_answers, asked.answers) or ()
     choices = problems.collect(_choices, asked.choices) or ()
     schema = canonical = None
@@ -94,6 +98,7 @@ def read_questions(
         features=asked.features_column,
         boxes=asked.boxes_column,
         schema=canonical,
+        messages=asked.messages_column,
         task="ask",
     )
     generation = _generation(generation, how, seed, problems)
@@ -103,9 +108,27 @@ def read_questions(
         "--question-column": _named(asked.question_column or "")[1] or None,
         "--features-column": asked.features_column,
         "--boxes-column": asked.boxes_column,
+        "--messages-column": asked.messages_column,
     }
     named = {column: flag for flag, column in flags.items() if column is not None}
-    return Asked(tuple(name for name, _ in questions), generation, schema, named)
+    return Asked(tuple(name for name, _ in questions) or ("",), generation, schema, named)
+
+
+def _check_alone(asked: QuestionArguments, how: GenerationArguments, problems: Problems) -> None:
+    """Add what says something beside a conversation."""
+    beside = {
+        "-q": asked.question,
+        "--questions": asked.questions,
+        "--question-column": asked.question_column,
+        "--system": how.system,
+        "--examples": how.examples,
+        "--features-column": asked.features_column,
+    }
+    if flags := [flag for flag, value in beside.items() if value]:
+        problems.add(
+            f"--messages-column {asked.messages_column}: a conversation holds all that is said; leave out "
+            f"{' and '.join(flags)}"
+        )
 
 
 def _generation(wanted: Generation, how: GenerationArguments, seed: int, problems: Problems) -> Generation:
@@ -140,8 +163,8 @@ def _generation(wanted: Generation, how: GenerationArguments, seed: int, problem
 def _columns(generation: Generation) -> tuple[str, ...]:
     texts = [*generation.questions, generation.prompt, generation.system]
     names = [name for text in texts if text is not None for name in Template.parse(text).columns]
-    regions = [name for name in (generation.features, generation.boxes) if name is not None]
-    return tuple(dict.fromkeys([*names, *regions]))
+    whole = [name for name in (generation.messages, generation.features, generation.boxes) if name is not None]
+    return tuple(dict.fromkeys([*names, *whole]))
 
 
 def read_text(option: str, text: str | None) -> str | None:

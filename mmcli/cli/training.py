@@ -290,6 +290,8 @@ def _options(given: Given, problems: Problems) -> TrainOptions | None:
         "augment": problems.collect(parse.choice, "--augment", training.augment, tuple(AUGMENTS)),
         "seed": problems.collect(parse.number, "--seed", given.run.seed, 0),
     }
+    if training.messages_column is not None:
+        _check_messages(training, problems)
     if not training.encoder or training.objective != "classify":
         _without_encoders(training.missing_policy, values, problems)
     return TrainOptions(**values) if len(problems.lines) == before else None
@@ -318,15 +320,24 @@ def _check_auxiliary(given: Given, problems: Problems) -> None:
             f"--auxiliary-column is for --objective {' and '.join(WRITING)}, not {training.objective}; leave it out"
         )
         return
-    own = {
-        training.question_column: "--question-column",
-        training.target_column or recipe.target: "--target-column",
-    }
+    own = recipe.columns(replace(training, auxiliary_column=None))
     problems.lines += [f"--auxiliary-column {name} is {own[name]}, too" for name in asked if name in own]
     if given.optimization.lora_rank is not None:
         problems.add("--auxiliary-column teaches the encoder, of which --lora-rank learns differences alone")
     if launched(os.environ)[1] > 1:
         problems.add("--auxiliary-column is for one process, not for torchrun")
+
+
+def _check_messages(training: TrainingArguments, problems: Problems) -> None:
+    """Add what does not go with conversations."""
+    if training.objective != "vqa":
+        problems.add(f"--messages-column is of --objective vqa, not {training.objective}; leave it out")
+    beside = {"--question-column": training.question_column, "--target-column": training.target_column}
+    if flags := " and ".join(flag for flag, column in beside.items() if column is not None):
+        problems.add(
+            f"--messages-column {training.messages_column}: a conversation holds what is asked and answered; "
+            f"leave out {flags}"
+        )
 
 
 def _check_lora(given: Given, problems: Problems) -> None:

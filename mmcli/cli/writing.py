@@ -11,7 +11,7 @@ from mmcli.cli import parse
 from mmcli.cli.messages import Messages
 from mmcli.cli.options import TrainingArguments
 from mmcli.cli.parse import Problems
-from mmcli.core.errors import ConfigError
+from mmcli.core.errors import ConfigError, RowError
 from mmcli.core.records import Record
 from mmcli.core.template import Template
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmcli.training.write import Form
 
 _NAMED = 3
+MESSAGES = "--messages-column"
 # As `mmcli caption` and `mmcli ask` have it.
 _TOKENS = {"caption": 50, "vqa": 100}
 
@@ -44,9 +45,14 @@ class WriteRecipe:
     labelled: bool = False
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
-        """The question's, those of auxiliary labels, and last the text's that is learned."""
-        asked = {training.question_column: "--question-column"} if self.name == "vqa" else {}
+        """The question's or the conversation's, those of auxiliary labels, and last the text's that is learned.
+
+        The text that a conversation teaches is its own last one: see split_conversations.
+        """
         auxiliary = dict.fromkeys(training.auxiliary_column or (), "--auxiliary-column")
+        if training.messages_column is not None and self.name == "vqa":
+            return {training.messages_column: MESSAGES, **auxiliary}
+        asked = {training.question_column or "question": "--question-column"} if self.name == "vqa" else {}
         return {**asked, **auxiliary, training.target_column or self.target: "--target-column"}
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
@@ -95,7 +101,7 @@ class WriteRecipe:
         from mmcli.models.options import Generation
 
         limit = parse.count_or_auto("--max-new-tokens", given.training.max_new_tokens, 1)
-        question = given.training.question_column
+        question, messages = given.training.question_column or "question", given.training.messages_column
         if set(question) & set("{}!:"):
             raise ConfigError(f"--question-column {question!r}: rename it, without any of {{ }} ! :")
         prompt = given.training.prompt
@@ -103,12 +109,14 @@ class WriteRecipe:
             raise ConfigError(
                 f"--prompt {prompt!r}: of captions, and the same for every row; --objective vqa asks each"
             )
+        columns = tuple(self.columns(given.training))
         return Generation(
             prompt=prompt,
             max_new_tokens=limit or _TOKENS[self.name],
             limited=limit is not None,
-            questions=("{" + question + "}",) if self.name == "vqa" else (),
-            variables=tuple(self.columns(given.training)),
+            questions=("{" + question + "}",) if self.name == "vqa" and messages is None else (),
+            variables=columns if messages is None else (*columns, f"the last of {messages}"),
+            messages=messages,
             task="ask" if self.name == "vqa" else "caption",
             language=given.training.language,
         )
@@ -129,7 +137,9 @@ class WriteRecipe:
 
         if model.model.startswith(("fake:", "openai:")):
             raise ConfigError(f"-m {model.model}: there are no weights to train; give a directory or a hub id")
-        if self.name == "vqa" and open_checkpoint(model).json("config.json").get("model_type") == "vilt":
+        vilt = self.name == "vqa" and open_checkpoint(model).json("config.json").get("model_type") == "vilt"
+        # Of a conversation resolve_writer says why not.
+        if vilt and generation.messages is None:
             plan = answers_plan(model, generation, texts, given.training.new_answers)
             unknown = check_answers(texts, plan.detail.answers)
             if unknown:
@@ -178,6 +188,30 @@ def auxiliary_labels(
 def auxiliary_cells(record: Record, count: int) -> tuple[Any, ...]:
     """A record's cells in the columns of auxiliary labels: before that of the text."""
     return record.variables[-1 - count : -1]
+
+
+def split_conversations(records: Sequence[Record], column: str, what: str) -> None:
+    """Of each record's variables take the last text from the first, the conversation, and put it behind them all.
+
+    So the model is given, and learns from, what `mmcli ask --messages-column` gives it. Raises ConfigError, naming
+    rows whose conversation is none or has no last message of the assistant.
+    """
+    from mmcli.models.conversation import parse_messages
+
+    bad = []
+    for record in records:
+        if record.error is not None:
+            continue
+        cell, *others = record.variables
+        try:
+            answer = parse_messages(cell, column, "assistant").answers[-1]
+        except RowError as error:
+            bad.append(f"{record.id} ({error.message})")
+        else:
+            record.variables = (cell[:-1], *others, "".join(answer))
+    if bad:
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise ConfigError(f"{what}: no conversation to learn from in {', '.join(bad[:_NAMED])}{more}")
 
 
 def references(cell: Any) -> tuple[str, ...]:

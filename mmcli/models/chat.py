@@ -162,6 +162,8 @@ def _check(checkpoint: Checkpoint, options: ModelOptions, row: Chat, generation:
         problems.append("--compile is not for answers: the length of what is generated changes at every step")
     if generation.system is not None and row.form == "paligemma":
         problems.append(f"--system: a {kind} has no turns, and takes no system message; leave it out")
+    if generation.messages is not None and row.form == "paligemma":
+        problems.append(f"--messages-column: a {kind} has no turns; ask with -q or --question-column")
     if generation.examples and not row.several:
         problems.append(f"--examples: a {kind} takes one picture and no other turns; leave them out")
     positions = max_positions(checkpoint.config.get_text_config())

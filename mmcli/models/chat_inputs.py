@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mmcli.core.errors import ConfigError, ModelError, RowError, one_line
@@ -14,6 +14,7 @@ from mmcli.core.records import Media, Modality, Payload, Sample, Video
 from mmcli.core.template import Template
 from mmcli.models.chat import TOKEN_FILL, Chat
 from mmcli.models.checkpoint import Checkpoint
+from mmcli.models.conversation import Conversation, Texts
 from mmcli.models.facts import max_positions
 from mmcli.models.inputs import MAX_RESIZED_PIXELS, open_tokenizer
 from mmcli.models.options import Example
@@ -37,11 +38,16 @@ _UNUSED = frozenset(["labels"])
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question with its media, and its answer; None for that which is wanted."""
+    """One question with its media, and its answer; None for that which is wanted.
+
+    question, answer  a text, or several parts of one
+    places            before which part of the question each medium stands; all before the first where none is said
+    """
 
     media: Sequence[Decoded]
-    question: str
-    answer: str | None = None
+    question: str | Texts
+    answer: str | Texts | None = None
+    places: Sequence[int] = ()
 
 
 class ChatProcessor:
@@ -89,7 +95,11 @@ class ChatProcessor:
                 raise ModelError(error.message) from error
 
     def record(self, media: Sequence[Decoded], variables: Sequence[Any]) -> tuple[Sample, ...]:
-        """One Sample for each question. Raises RowError."""
+        """One Sample for each question, or for a conversation. Raises RowError."""
+        conversation = self._prompts.conversation(variables)
+        if conversation is not None:
+            arrays = self.arrays(conversation.system, self._turns(conversation, media))
+            return (self._sample(joint_modality(media), arrays),)
         prompts = self._prompts.render(variables)
         system = self._prompts.system(variables)
         examples = self._prompts.examples(variables)
@@ -104,6 +114,37 @@ class ChatProcessor:
         return tuple(samples)
 
     # -------------------------------------------------------------------------------------- what is asked
+
+    def _turns(self, conversation: Conversation, media: Sequence[Decoded]) -> list[Turn]:
+        """The conversation with the media, which belong to its first question. Raises RowError."""
+        self._check_system(conversation.system)
+        ready: list[Decoded] = []
+        places: list[int] = []
+        for one, place in conversation.placed(media):
+            # A clip may be several pictures.
+            shown = self.ready([one])
+            ready += shown
+            places += [place] * len(shown)
+        self._check_sizes(ready)
+        first, *others = conversation.questions
+        answers: list[Texts | None] = [*conversation.answers, None]
+        return [
+            Turn(ready, first, answers[0], places),
+            *(Turn((), asked, answer) for asked, answer in zip(others, answers[1:], strict=True)),
+        ]
+
+    def _check_system(self, system: Texts | None) -> None:
+        if system is not None and self._row.form in ("chat", "text") and (why := self._without_system) is not None:
+            raise RowError("bad_row", why)
+
+    @cached_property
+    def _without_system(self) -> str | None:
+        """Why the chat template takes no system message; None: it takes one."""
+        try:
+            self._check_template("the system message", "mmclisystem", [Turn((), "mmcliquestion")], "mmclisystem")
+        except ConfigError as error:
+            return error.problems[0]
+        return None
 
     def _question(self, prompt: str | None, media: Sequence[Decoded]) -> str:
         if self._row.form == "paligemma":
@@ -149,8 +190,10 @@ class ChatProcessor:
 
     # -------------------------------------------------------------------------------------- model inputs
 
-    def arrays(self, system: str | None, turns: Sequence[Turn]) -> dict[str, np.ndarray]:
+    def arrays(self, system: str | Texts | None, turns: Sequence[Turn]) -> dict[str, np.ndarray]:
         """Model inputs by name, with a batch axis of one."""
+        from jinja2 import TemplateError
+
         form = {
             "chat": self._by_template,
             "text": self._by_template,
@@ -159,11 +202,13 @@ class ChatProcessor:
         }
         try:
             found = form[self._row.form](system, turns)
+        except TemplateError as error:
+            raise RowError("bad_row", f"the model's chat template does not take this: {error}") from error
         except (ValueError, TypeError, IndexError) as error:
             raise RowError("unsupported_format", f"the model's processor does not take this: {error}") from error
         return {n: v.numpy() for n, v in found.items() if hasattr(v, "numpy") and n not in _UNUSED}
 
-    def _by_template(self, system: str | None, turns: Sequence[Turn]) -> Mapping[str, Any]:
+    def _by_template(self, system: str | Texts | None, turns: Sequence[Turn]) -> Mapping[str, Any]:
         messages = self.messages(system, turns)
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
         if self._row.form == "text":
@@ -172,39 +217,51 @@ class ChatProcessor:
         settings = _clip_settings(videos) if videos else {}
         return dict(self.processor.apply_chat_template(messages, processor_kwargs=settings, **options))
 
-    def messages(self, system: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    def messages(self, system: str | Texts | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """The turns as chat templates take them. Raises RowError."""
         messages = [] if system is None else [self._message("system", system)]
         for turn in turns:
-            media = [_part(modality, payload) for modality, payload in turn.media if modality != "text"]
-            messages.append(self._message("user", _joined(turn), media))
+            places = turn.places or [0] * len(turn.media)
+            shown = [one for one in zip(turn.media, places, strict=True) if one[0][0] != "text"]
+            messages.append(self._message("user", _asked(turn), shown))
             if turn.answer is not None:
                 messages.append(self._message("assistant", turn.answer))
         return messages
 
-    def _message(self, role: str, text: str, media: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _message(self, role: str, text: str | Texts, media: Sequence[tuple[Decoded, int]] = ()) -> dict[str, Any]:
+        """`media`: with the part of the text that each stands before."""
+        texts = (text,) if isinstance(text, str) else text
+        # Of parts that are tokens together, too.
+        self._plain("".join(texts))
         if self._row.form == "text":
-            return {"role": role, "content": self._plain(text)}
-        return {"role": role, "content": [*media, {"type": "text", "text": self._plain(text)}]}
+            return {"role": role, "content": _lines(texts)}
+        content: list[dict[str, Any]] = []
+        for number, part in enumerate(texts):
+            content += [_part(*one) for one, place in media if place == number]
+            content.append({"type": "text", "text": part})
+        content += [_part(*one) for one, place in media if place >= len(texts)]
+        return {"role": role, "content": content}
 
-    def _task(self, system: str | None, turns: Sequence[Turn]) -> Mapping[str, Any]:
+    def _task(self, system: str | Texts | None, turns: Sequence[Turn]) -> Mapping[str, Any]:
         """PaliGemma: a picture and a task."""
         (turn,) = turns
         image = self.processor.image_token
         picture = next(payload for _, payload in turn.media)
         found: Mapping[str, Any] = self.processor(
-            images=picture, text=image + self._plain(turn.question), return_tensors="pt"
+            images=picture, text=image + self._plain(_lines(turn.question)), return_tensors="pt"
         )
         return found
 
-    def _cards(self, system: str | None, turns: Sequence[Turn]) -> Mapping[str, Any]:
+    def _cards(self, system: str | Texts | None, turns: Sequence[Turn]) -> Mapping[str, Any]:
         """Idefics: texts and pictures in turns, as its model cards have them (the instructed one with ends)."""
         end = "<end_of_utterance>" if "<end_of_utterance>" in self.tokenizer.get_vocab() else ""
-        parts: list[Any] = [] if system is None else [self._plain(system) + "\n"]
+        parts: list[Any] = [] if system is None else [self._plain(_lines(system)) + "\n"]
         for turn in turns:
+            if any(turn.places):
+                raise RowError("bad_row", "the text stands before the picture; this model takes it behind")
             pictures = [payload for modality, payload in turn.media if modality == "image"]
-            answer = "" if turn.answer is None else f" {self._plain(turn.answer)}{end}\n"
-            parts += ["User:", *pictures, f"{self._plain(_joined(turn))}{end}\nAssistant:{answer}"]
+            answer = "" if turn.answer is None else f" {self._plain(_lines(turn.answer))}{end}\n"
+            parts += ["User:", *pictures, f"{self._plain(_lines(_asked(turn)))}{end}\nAssistant:{answer}"]
             if "://" in parts[-1] and " " not in parts[-1]:
                 raise RowError("bad_row", "a URL is all of the question: the model's processor would fetch it")
         found: Mapping[str, Any] = self.processor(
@@ -242,9 +299,10 @@ class ChatProcessor:
                 f"{self._kind!r} is not known by name"
             )
         probes = [Turn((), "mmcliquestion")]
-        if self._generation.examples:
+        if self._generation.examples or self._generation.messages is not None:
             probes.insert(0, Turn((), "mmcliquestion", "mmclianswer"))
-            self._check_template("--examples", None, probes, "mmclianswer")
+            flag = "--examples" if self._generation.examples else "--messages-column, earlier answers"
+            self._check_template(flag, None, probes, "mmclianswer")
         if self._generation.system is not None:
             self._check_template("--system", "mmclisystem", probes, "mmclisystem")
         self._check_template("questions", None, probes, "mmcliquestion")
@@ -344,9 +402,16 @@ def _part(modality: Modality, payload: Payload) -> dict[str, Any]:
     return {"type": modality, modality: payload.waveform if modality == "audio" else payload}
 
 
-def _joined(turn: Turn) -> str:
+def _asked(turn: Turn) -> Texts:
     """The record's texts, and the question below."""
-    return "\n\n".join([*(payload for modality, payload in turn.media if modality == "text"), turn.question])
+    first, *others = (turn.question,) if isinstance(turn.question, str) else turn.question
+    told = [payload for modality, payload in turn.media if modality == "text"]
+    return ("\n\n".join([*told, first]), *others)
+
+
+def _lines(text: str | Texts) -> str:
+    """For models that take no parts."""
+    return text if isinstance(text, str) else "\n".join(text)
 
 
 def _clip_settings(videos: Iterable[Video]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import orjson
 
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Audio, Media, Modality, Payload, Sample, Video
+from mmcli.models.conversation import Conversation
 from mmcli.models.options import Generation
 from mmcli.models.prompts import Prompts, default_prompt, joint_modality
 
@@ -130,7 +131,14 @@ class EndpointProcessor:
             ].__getitem__
 
     def record(self, media: Sequence[Decoded], variables: Sequence[Any]) -> tuple[Sample, ...]:
-        """One request for each question: the system's message, solved examples, the media and the question."""
+        """One request for each question: the system's message, solved examples, the media and the question.
+
+        Or one for a conversation.
+        """
+        conversation = self._prompts.conversation(variables)
+        if conversation is not None:
+            said = self._said(conversation, media)
+            return (Sample(joint_modality(media), {"request": _array(list(said))}),)
         modality, parts = joint_modality(media), self._all_parts(media)
         system = self._prompts.system(variables)
         before = [] if system is None else [{"role": "system", "content": system}]
@@ -141,6 +149,24 @@ class EndpointProcessor:
             messages = [*before, *turns, _user(parts, self._told(question))]
             samples.append(Sample(modality, {"request": _array(messages)}))
         return tuple(samples)
+
+    def _said(self, conversation: Conversation, media: Sequence[Decoded]) -> Iterator[dict[str, Any]]:
+        """The messages of a conversation, with the media in the first question."""
+        if conversation.system is not None:
+            yield {"role": "system", "content": "\n".join(conversation.system)}
+        placed = conversation.placed(media)
+        for number, question in enumerate(conversation.questions):
+            texts = list(question)
+            if number == len(conversation.answers):
+                texts[-1] = self._told(texts[-1])
+            parts: list[Part] = []
+            for place, text in enumerate([*texts, None]):
+                shown = [one for one, before in placed if before == place and not number]
+                parts += self._all_parts(shown)
+                parts += [] if text is None else [{"type": "text", "text": text}]
+            yield {"role": "user", "content": _content(parts)}
+            if number < len(conversation.answers):
+                yield {"role": "assistant", "content": "\n".join(conversation.answers[number])}
 
     def _checked(self, shown: Callable[[int], list[Part]], number: int) -> list[Part]:
         try:
@@ -211,11 +237,14 @@ def wav(sound: Audio) -> bytes:
 
 
 def _user(parts: Sequence[Part], prompt: str) -> dict[str, Any]:
-    content: Any = [*parts, {"type": "text", "text": prompt}]
+    return {"role": "user", "content": _content([*parts, {"type": "text", "text": prompt}])}
+
+
+def _content(parts: Sequence[Part]) -> Any:
     if all(part["type"] == "text" for part in parts):
         # Servers of text models may know no parts.
-        content = "\n\n".join(part["text"] for part in content)
-    return {"role": "user", "content": content}
+        return "\n\n".join(part["text"] for part in parts)
+    return parts
 
 
 def _array(messages: list[dict[str, Any]]) -> np.ndarray:

@@ -140,6 +140,8 @@ class FakeWriterProcessor:
         """`vector`: see `asked_vector`; that of the medium itself when it is alone, without a prompt."""
         shown = [(one.question, one.answer) for one in self.prompts.examples(variables)]
         told = repr((self.prompts.system(variables), shown)) if shown else self.prompts.system(variables)
+        if (conversation := self.prompts.conversation(variables)) is not None:
+            told = repr((conversation, conversation.placed(media)))
         asked = zip(self.prompts.render(variables), repeat(told))
         samples = [self.one(modality, payload) for modality, payload in media]
         length = sum(sample.length for sample in samples)

@@ -58,6 +58,11 @@ def plan_writer(options: ModelOptions, generation: Generation) -> GenerationPlan
         if row is not None:
             if family is not vqa:
                 _reject_regions(generation)
+            if family is not chat and generation.messages is not None:
+                raise ConfigError(
+                    f"--messages-column is for chat models; -m {checkpoint.id} is a {kind}, which has no turns: "
+                    "ask it with -q or --question-column"
+                )
             return _constrained(family.plan(checkpoint, options, dtype, row, generation))
     raise _no_writer(checkpoint, kind, architectures, generation.task)
 

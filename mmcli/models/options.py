@@ -46,6 +46,8 @@ class Generation:
     boxes           likewise, where that is: float32 [n, 4]
     schema          the answer is JSON that this JSON Schema allows; as canonical JSON text
     examples        solved cases, shown before each question
+    messages        the column, one of `variables`, with a conversation in place of a question: see
+                    mmcli.models.conversation
     chosen          each record has examples of its own: the last of Record.variables is a tuple of their indices
     task            "caption" or "ask"
     language        of speech: a code or a name; None: found out for each sound, where the model knows several
@@ -66,6 +68,7 @@ class Generation:
     boxes: str | None = None
     schema: str | None = None
     examples: tuple[Example, ...] = ()
+    messages: str | None = None
     chosen: bool = False
     task: Task = "caption"
     limited: bool = True

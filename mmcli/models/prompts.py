@@ -8,6 +8,7 @@ from typing import Any, cast
 from mmcli.core.errors import RowError
 from mmcli.core.records import Modality
 from mmcli.core.template import Template
+from mmcli.models.conversation import Conversation, parse_messages
 from mmcli.models.options import Example, Generation
 
 # What a chat model is asked without --prompt, by the first of these that a record holds.
@@ -31,6 +32,7 @@ class Prompts:
     def __init__(self, generation: Generation) -> None:
         self._variables = generation.variables
         self._examples = generation.examples
+        self._messages = generation.messages
         self._chosen = generation.chosen
         self._prompts = [text if text is None else Template.parse(text) for text in generation.prompts]
         self._system = None if generation.system is None else Template.parse(generation.system)
@@ -43,6 +45,12 @@ class Prompts:
     def system(self, variables: Sequence[Any]) -> str | None:
         """The system message. Raises as `render` does."""
         return _render(self._system, self._values(variables))
+
+    def conversation(self, variables: Sequence[Any]) -> Conversation | None:
+        """What was said so far, with the question last; None where nothing was. Raises RowError `bad_row`."""
+        if self._messages is None:
+            return None
+        return parse_messages(self._values(variables)[self._messages], self._messages, "user")
 
     def examples(self, variables: Sequence[Any]) -> tuple[Example, ...]:
         """The solved cases that come before the question."""

@@ -170,6 +170,46 @@ def test_another_question_is_another_run(cli: Cli, manifest: Path, tmp_path: Pat
     assert cli(*command, "-q", "what?").code == 4
 
 
+# ------------------------------------------------------------------------------------------ conversations
+
+
+def test_conversations_of_every_manifest(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    """JSON lines and Parquet give the same; what is none is an error; what changed is done again."""
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
+    talks: list[Any] = [
+        [{"role": "user", "content": parts}],
+        [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}],
+        [
+            {"role": "user", "content": parts[1:]},
+            *({"role": r, "content": parts[1:]} for r in ("assistant", "user")),
+        ],
+        None,
+    ]
+    cells = {"image": [f"in/{n}.png" for n in range(4)], "messages": talks}
+    pq.write_table(pa.table(cells), tmp_path / "m.parquet")
+    lines = [json.dumps({name: cells[name][n] for name in cells}) for n in range(4)]
+    (tmp_path / "m.jsonl").write_text("".join(line + "\n" for line in lines))
+    asked = [*MODEL, "--messages-column", "messages"]
+    found = {}
+    for name in ("m.jsonl", "m.parquet"):
+        done = cli("ask", tmp_path / name, *asked)
+        assert done.code == 3
+        found[name] = rows_of(done.out)
+    assert [row["error_code"] for row in found["m.jsonl"]] == [None, "bad_row", None, "bad_row"]
+    assert "it ends with the role assistant" in found["m.jsonl"][1]["error_message"]
+    assert len({row["answer"] for row in found["m.jsonl"]}) == 3
+    assert [row["answer"] for row in found["m.jsonl"]] == [row["answer"] for row in found["m.parquet"]]
+    out = tmp_path / "o.jsonl"
+    assert cli("ask", tmp_path / "m.jsonl", *asked, "-o", out).code == 3
+    (tmp_path / "m.jsonl").write_text("".join(line.replace("what?", "why?") + "\n" for line in lines[:1]))
+    with (tmp_path / "m.jsonl").open("a") as file:
+        file.writelines(line + "\n" for line in lines[1:])
+    assert cli("ask", tmp_path / "m.jsonl", *asked, "-o", out, "--update").code == 3
+    again = [row["answer"] for row in rows_of(out)]
+    assert again[0] not in (None, found["m.jsonl"][0]["answer"])
+    assert again[1:] == [row["answer"] for row in found["m.jsonl"]][1:]
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 WRONG = [
@@ -195,6 +235,8 @@ WRONG = [
     (["--question-column", "question", "--features-column", "f"], "--features-column f: m.jsonl has no such"),
     (["-q", "what?", "--answers", "bad.json"], "--answers: bad.json is no JSON list"),
     (["-q", "what?", "--prompt", "x"], "no such option: --prompt"),
+    (["--messages-column", "mesages"], "--messages-column mesages: m.jsonl has no such column"),
+    (["--messages-column", "title", "-q", "a", "--system", "b"], "all that is said; leave out -q and --system"),
 ]  # fmt: skip
 
 

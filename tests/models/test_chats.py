@@ -469,6 +469,84 @@ def test_picture_with_a_text(tiny: Callable[[str], Path], reference: Callable[[s
     assert_same(found, [[reference("smolvlm")([user(pixels, text="It is red.\n\nIs that so?")])]])
 
 
+# ------------------------------------------------------------------------------------------ conversations
+
+TALKING = asking(messages="talk", variables=("talk",))
+# The simplest form.
+PLAIN = [("user", "What is it?"), ("assistant", "A cat."), ("user", "Why?")]
+TALK = [{"role": role, "content": text} for role, text in PLAIN]
+TEMPLATE = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+
+
+def told(medium: dict[str, Any], system: bool) -> list[dict[str, Any]]:
+    """With a medium, or a place for it, between two texts."""
+    asked = [{"type": "text", "text": "See:"}, medium, {"type": "text", "text": " a cat?"}]
+    answered = [{"type": "text", "text": "Yes,"}, {"type": "text", "text": " a cat."}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}, says("user", "Why?")]
+    return [says("system", "Be short."), *turns] if system else turns
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm", "llava", "gemma3", "qwen2_audio"])
+def test_conversations(tiny: Callable[[str], Path], reference: Callable[[str], Reference], name: str) -> None:
+    """The prompt is that of the template of the whole conversation, the answer what `generate` writes then."""
+    first, second, *_ = records(name)
+    ((kind, shown),), ((_, other),) = first, second
+    # Gemma's takes none.
+    system = name != "gemma3"
+    run, asked = Run(tiny(name), TALKING), reference(name)
+    cells = [(first, told({"type": kind}, system)), (second, TALK)]
+    samples = [run.processor.record(record, (cell,)) for record, cell in cells]
+    whole = [told(user(shown, text="")["content"][0], system), [says(*one) for one in PLAIN]]
+    whole[1][0] = user(other, text="What is it?")
+    inputs = [asked.processor.apply_chat_template(messages, **TEMPLATE) for messages in whole]
+    for (sample,), one in zip(samples, inputs, strict=True):
+        assert sample.arrays["input_ids"].tolist() == one["input_ids"][0].tolist()
+    assert_same(run.answers(samples, 2, 2), [[asked.generate(one)] for one in inputs])
+
+
+def test_conversations_of_other_forms(tiny: Callable[[str], Path], reference: Callable[[str], Reference]) -> None:
+    """A text model's template takes no parts; Idefics has none; a clip is several pictures for LLaVA."""
+    asked, run = reference("idefics"), Run(tiny("idefics"), TALKING)
+    end, pixels = "<end_of_utterance>", pictures()[0]
+    parts = ["User:", pixels, f"What is it?{end}\nAssistant: A cat.{end}\n", "User:", f"Why?{end}\nAssistant:"]
+    samples = [run.processor.record([("image", pixels)], (TALK,))]
+    assert_same(run.answers(samples, 1, 1), [[asked.idefics(*parts)]])
+    processor = plan_of(tiny("llama"), TALKING).open_processor()
+    (sample,) = processor.record([("text", "Cats sleep.")], (TALK,))
+    plain = [{**TALK[0], "content": "Cats sleep.\n\nWhat is it?"}, *TALK[1:]]
+    wanted = hf.AutoTokenizer.from_pretrained(tiny("llama")).apply_chat_template(plain, **TEMPLATE)["input_ids"]
+    assert sample.arrays["input_ids"].tolist() == wanted[0].tolist()
+    processor = plan_of(tiny("llava"), TALKING).open_processor()
+    (sample,) = processor.record([("video", clips()[0])], (TALK,))
+    frames = user(*clips()[0].frames, text="What is it?")
+    wanted = reference("llava").processor.apply_chat_template(
+        [frames, *(says(*one) for one in PLAIN[1:])], **TEMPLATE
+    )["input_ids"]
+    assert sample.arrays["input_ids"].tolist() == wanted[0].tolist()
+
+
+def test_conversations_that_will_not_do(tiny: Callable[[str], Path]) -> None:
+    """A place without its medium, own tokens, too (put together of parts), what a template refuses."""
+    picture: Record = [("image", pictures()[0])]
+    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    processor = plan_of(tiny("qwen2_vl"), TALKING).open_processor()
+    for cell, said in (
+        (told({"type": "audio"}, True), "a place for audio; the row has image alone"),
+        ([{"role": "user", "content": parts}], "'<|im_end|>'"),
+        (TALK[:2], "it ends with the role assistant; the last message must be one of the user"),
+        (None, "column 'talk': it is empty"),
+    ):
+        error = error_of(processor, picture, (cell,))
+        assert error.code == "bad_row"
+        assert said in error.message
+    processor = plan_of(tiny("gemma3"), TALKING).open_processor()
+    error = error_of(processor, picture, (told({"type": "image"}, True),))
+    assert "the system message: the chat template of" in error.message
+    assert "System role not supported" in error.message
+    error = error_of(plan_of(tiny("idefics"), TALKING).open_processor(), picture, (told({"type": "image"}, True),))
+    assert "the text stands before the picture" in error.message
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 
@@ -565,6 +643,7 @@ def edited(folder: Path, target: Path, name: str, **values: Any) -> Path:
             {},
             "--examples: a paligemma takes one",
         ),
+        ("paligemma", TALKING, {}, "--messages-column: a paligemma has no turns"),
         ("gemma3", asking("Why?", system="Be short."), {}, "takes none: System role not supported"),
         ("llava", Generation(max_new_tokens=1024), {}, "--max-new-tokens 1024 leaves none for the prompt"),
         ("llava", asking("Why?"), {"compile": True}, "--compile is not for answers"),
@@ -587,6 +666,10 @@ def test_templates_that_will_not_do(tiny: Callable[[str], Path], tmp_path: Path)
         plan_of(deaf, asking("Why?", system="Be short."))
     with pytest.raises(ConfigError, match=r"--examples: the chat template of .* leaves them out"):
         plan_of(deaf, asking("Why?", examples=(Example((Media(text="a"),), None, "Yes."),)))
+    with pytest.raises(
+        ConfigError, match=r"--messages-column, earlier answers: the chat template of .* leaves them"
+    ):
+        plan_of(deaf, TALKING)
     (deaf / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="it has no chat template"):
         plan_of(deaf, asking("Why?"))

@@ -194,6 +194,23 @@ def test_solved_examples_come_before_the_question(chosen: bool) -> None:
     assert asked[-1]["content"].startswith("now\n\nWhat?")
 
 
+def test_conversations_are_sent_as_they_are() -> None:
+    """The picture in its place, the form of the answer behind the last question."""
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [*({"type": "text", "text": t} for t in "ab"), {"type": "image"}]},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    plan = plan_for("http://h/v1", questions=(), messages="talk", variables=("talk",), choices=("yes", "no"))
+    (found,) = messages(plan, [("image", noise(8, 8, 3))], (talk,))
+    assert [one["role"] for one in found] == ["system", "user", "assistant", "user"]
+    assert [one["type"] for one in found[1]["content"]] == ["text", "text", "image_url"]
+    assert [part["text"] for part in found[1]["content"][:2]] == ["a", "b"]
+    assert (found[0]["content"], found[2]["content"]) == ("Be brief.", "c")
+    assert found[3]["content"].startswith("d\nAnswer in JSON")
+
+
 def test_examples_that_cannot_be_decoded_end_the_run() -> None:
     def decode(media: Media) -> Any:
         raise RowError("corrupt", "no picture")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from training_runs import sound_rows, still, trainer_of
 
 from mmcli.cli.boundary import run as mmcli
-from mmcli.cli.writing import measure_answers, measure_speech, measure_texts, references
+from mmcli.cli.objectives import list_rows
+from mmcli.cli.options import InputArguments, TrainingArguments
+from mmcli.cli.writing import WRITING, measure_answers, measure_speech, measure_texts, references
 from mmcli.core.errors import ConfigError, Stopped
 from mmcli.core.records import Media
 from mmcli.evaluation.bootstrap import Resampling
@@ -257,6 +260,60 @@ def test_texts_are_learned_to_their_end(tmp_path: Path, built: Built, name: str,
     assert form.tokenizer.decode(short[:-1], skip_special_tokens=True).strip() == "a cat"
     assert len(long) == objective.plan.generation.max_new_tokens
     assert token not in long
+
+
+# ------------------------------------------------------------------------------------------ conversations
+
+
+def talk_of(*texts: str) -> list[dict[str, Any]]:
+    """Of user and assistant in turn, the first with a place for a picture."""
+    said = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": texts[0]}]}, *said[1:]]
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "qwen2_vl"])
+def test_the_last_turn_is_what_the_template_writes(tmp_path: Path, built: Built, name: str) -> None:
+    """Inputs and targets, one behind the other, are transformers' tokens of the whole conversation."""
+    talk = talk_of("What is it?", "A cat.", "Why?", "It has  two ears.")
+    file = tmp_path / "rows.jsonl"
+    picture_rows(tmp_path, 1)
+    file.write_text(json.dumps({"image": "0.png", "messages": talk}) + "\n")
+    given: Any = SimpleNamespace(inputs=InputArguments(), training=TrainingArguments(messages_column="messages"))
+    listed = list_rows(given, (str(file),), "INPUT", WRITING["vqa"])
+    (record,), targets = listed.records, WRITING["vqa"].targets(listed, None)
+    generation = Generation(messages="talk", variables=("talk", "answer"), task="ask")
+    plan: Any = resolve_writer(ModelOptions(str(built(name)), device="cpu"), generation)
+    objective = Write(plan, form_of(plan), measure_answers)
+    objective.build(torch.device("cpu"))
+    ((part,),) = parts_of(objective, [Row(record.id, record.media, targets[0], record.variables)])
+    found = [*objective._runner.to_device(part.batch)["input_ids"][0].tolist(), *part.targets[0].tolist()]
+    talk[0]["content"][0]["image"] = Image.open(tmp_path / "0.png")
+    for message in talk[1:]:
+        message["content"] = [{"type": "text", "text": message["content"]}]
+    processor = hf.AutoProcessor.from_pretrained(built(name))
+    wanted = processor.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"][0]
+    assert found == wanted[: len(found)]
+    # Behind the end there is a line break at most.
+    assert processor.tokenizer.decode(wanted[len(found) :]).strip() == ""
+
+
+def test_conversations_are_learned_and_measured_as_users_get_them(tmp_path: Path) -> None:
+    """The sample chat model, of whose answers some are called wrong."""
+
+    def talk(line: dict[str, Any]) -> list[dict[str, Any]]:
+        true = "none" if "circle" in line["label"] else line["caption"].split()[-2]
+        return talk_of("how many shapes are there?", "one", "what colour is the background?", true)
+
+    rows = manifest(tmp_path / "rows.jsonl", "images.jsonl", slice(0, 8), messages=talk)
+    asked = manifest(tmp_path / "asked.jsonl", "images.jsonl", slice(0, 8), messages=lambda line: talk(line)[:-1])
+    run, column = tmp_path / "run", ("--messages-column", "messages")
+    lines = finetune(run, rows, rows, "--objective", "vqa", *column, "--max-steps", 1, "--learning-rate", 0,
+                     "-m", SAMPLES / "models" / "chat")  # fmt: skip
+    found = written(run, asked, "ask", "answer", *column)
+    truth = [json.loads(line)["messages"][-1]["content"] for line in rows.read_text().splitlines()]
+    right = np.mean([answer == true for answer, true in zip(found, truth, strict=True)])
+    assert 0.5 <= right < 1
+    assert right == pytest.approx(best_of(run, lines)["val_exact_match"])
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -530,6 +587,18 @@ def test_mistakes(tmp_path: Path, built: Built, capsys: pytest.CaptureFixture[st
     assert "--metric 'vqa_accuracy' is not one of" in said(*caption, "--metric", "vqa_accuracy")
     assert "a list of 4 answers or more" in said(*vqa, "--metric", "vqa_accuracy")
     assert "a ViLT chooses answers" in said(*vqa, "--metric", "token_accuracy")
+    talk = manifest(tmp_path / "talk.jsonl", "images.jsonl", slice(0, 4), messages=lambda line: talk_of("a", "b"))
+    messages = ("--messages-column", "messages")
+    assert "--messages-column is for chat models; -m" in said(
+        "--objective", "vqa", "-m", built("vilt"), *messages, rows=talk
+    )
+    found = said(*caption, *messages, "--target-column", "label", rows=talk)
+    assert "--messages-column is of --objective vqa, not caption" in found
+    assert "a conversation holds what is asked and answered; leave out --target-column" in found
+    bad = manifest(tmp_path / "bad.jsonl", "images.jsonl", slice(0, 4), messages=lambda line: talk_of("a"))
+    found = said(*vqa, *messages, rows=bad)
+    assert f"no conversation to learn from in {bad}#0 (column 'messages': it ends with the role user;" in found
+    assert ") and 1 more" in found
     unknown = manifest(tmp_path / "unknown.jsonl", "images.jsonl", slice(0, 4), answer=lambda line: "seven")
     assert "the base knows none of the answers ('seven'); --new-answers" in said(*vqa, rows=unknown)
     sounds = tmp_path / "sounds.jsonl"
