@@ -95,7 +95,7 @@ def test_chat_goes_on_with_a_conversation(sample_data: Path, chat: tuple[str, Pa
 
     model = AutoModelForImageTextToText.from_pretrained(sample_data / "models" / "chat")
     processor = AutoProcessor.from_pretrained(sample_data / "models" / "chat")
-    rows = rows_of(sample_data / "images.jsonl")
+    rows = rows_of(sample_data / "images.jsonl")[::3]
     said = [
         ("user", "how many shapes are there?"),
         ("assistant", "one"),
