@@ -52,11 +52,13 @@ class Columns:
 
     names  columns that prompts name
     said   how the command line names each of them
+    bare   whether rows may be without media
     alone  whether rows need no media: then `text` is the column that stands for them, unless one is named as media
     """
 
     names: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
+    bare: bool = False
     alone: bool = False
     text: str | None = None
 
@@ -223,7 +225,8 @@ def _source(
         if sys.stdin.isatty():
             messages.note("reading paths from the terminal, one a line; Ctrl-D ends the list")
     stdin = sys.stdin.buffer if sys.stdin is not None else None
-    options = replace(_source_options(arguments, columns.names, columns.said), missing=missing)
+    options = _source_options(arguments, columns.names, columns.said)
+    options = replace(options, missing=missing, bare=columns.bare)
     if columns.alone and not options.column_flags_of_media:
         if columns.text is None:
             problems.add(

@@ -45,12 +45,12 @@ class Asked:
 
     @property
     def columns(self) -> Columns:
-        """The columns of a manifest that are wanted. A record of precomputed features needs no medium."""
+        """The columns of a manifest that are wanted. Features and conversations need no medium beside them."""
         names, features = self.generation.variables, self.generation.features
         said = tuple(f"{self.flags[n]} {n}" if n in self.flags else f"the prompt's {{{n}}}" for n in names)
         regions = (features, self.generation.boxes)
         text = next((name for name in names if name not in regions), None)
-        return Columns(names, said, features is not None, text)
+        return Columns(names, said, self.generation.messages is not None, features is not None, text)
 
 
 def read_caption(

@@ -38,10 +38,12 @@ class Conversation:
 
         Those without a place come first. Raises RowError `bad_row` for a place without a medium.
         """
+        # A row without media is an empty text.
+        media = [(modality, payload) for modality, payload in media if modality != "text" or payload]
         held = {modality for modality, _ in media}
         if lacking := [modality for modality in self.places if modality not in held]:
-            there = " and ".join(sorted(held))
-            raise RowError("bad_row", f"the conversation has a place for {lacking[0]}; the row has {there} alone")
+            there = f"{' and '.join(sorted(held))} alone" if held else "no medium"
+            raise RowError("bad_row", f"the conversation has a place for {lacking[0]}; the row has {there}")
         order = list(self.places)
         unplaced = [(one, 0) for one in media if one[0] not in order]
         placed = [(one, self.places[one[0]]) for one in media if one[0] in order]

@@ -94,7 +94,7 @@ def renamed(text: str, names: Container[str]) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The columns that are read: one medium for each slot, in that order."""
+    """The columns that are read: one medium for each slot, in that order; () where each row is an empty text."""
 
     media: tuple[MediaColumn, ...]
     id: str | None = None
@@ -103,7 +103,7 @@ class Selection:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        if len(self.media) == 1:
+        if len(self.media) <= 1:
             return ("",)
         return tuple(str(m.modality) for m in self.media)
 
@@ -128,9 +128,10 @@ def select(options: SourceOptions, columns: Sequence[Column], manifest: str, emp
         given += options.variables
         by_name = {name: Column(name, "unknown", "any") for name in given if name}
     media = _chosen_media(options, by_name, manifest, problems)
-    if not media and not problems:
-        # A column that prompts name is no medium, as long as there is another.
-        others = [c for c in columns if c.name not in options.variables]
+    # A column that prompts name is no medium, as long as there is another.
+    others = [c for c in columns if c.name not in options.variables]
+    bare = options.bare and not media and not _like_media(others) and not _urls(others)
+    if not media and not problems and not bare:
         media = () if empty else _guess(others or columns, manifest, problems)
     _check_id(options.id_column, by_name, manifest, problems)
     keep = _chosen_keep(options.keep, by_name, manifest, problems)
@@ -139,8 +140,10 @@ def select(options: SourceOptions, columns: Sequence[Column], manifest: str, emp
             problems.append(_missing(options.said[name], name, by_name, manifest))
     if problems:
         raise ConfigError(problems)
-    # An empty manifest has no records whose media could be of any kind.
-    return Selection(media or (MediaColumn("", "path", None),), options.id_column, keep, options.variables)
+    if not media and not bare:
+        # An empty manifest has no records whose media could be of any kind.
+        media = (MediaColumn("", "path", None),)
+    return Selection(media, options.id_column, keep, options.variables)
 
 
 def _given(options: SourceOptions) -> dict[Modality | None, str]:
@@ -195,16 +198,7 @@ def _missing(what: str, name: str, by_name: dict[str, Column], manifest: str) ->
 
 def _guess(columns: Sequence[Column], manifest: str, problems: list[str]) -> tuple[MediaColumn, ...]:
     """The one column that is clearly media, else the one that is clearly text; else a problem is added."""
-    # Typed media tell more than names: a data set of speech has `file` (string) beside `audio` (struct).
-    found = [c for c in columns if c.holds in ("struct", "bytes") and _named(c) != "text"]
-    featured = [c for c in found if c.feature or c.holds == "struct"]
-    # `image` (binary) beside `thumbnail_hash` (binary) is clear.
-    named = [c for c in found if _named(c)]
-    found = (
-        featured
-        or (named if len(named) == 1 else found)
-        or [c for c in columns if c.holds in ("string", "any") and _is_media_name(c)]
-    )
+    found = _like_media(columns)
     if len(found) == 1:
         modality = found[0].feature or _named(found[0])
         kind = _kind(found[0], modality)
@@ -217,13 +211,31 @@ def _guess(columns: Sequence[Column], manifest: str, problems: list[str]) -> tup
         return ()
     strings = [c for c in columns if c.holds in ("string", "any")]
     texts = [c for c in strings if c.name.lower() in TEXT_NAMES]
-    urls = [c.name for c in columns if c.name.lower() in URL_NAMES]
+    urls = _urls(columns)
     if not texts and len(columns) == 1 and not urls:
         texts = strings
     if len(texts) == 1 and not urls:
         return (MediaColumn(texts[0].name, "text", "text"),)
     problems.append(_no_guess(columns, texts, urls, manifest))
     return ()
+
+
+def _like_media(columns: Sequence[Column]) -> list[Column]:
+    """Those that are clearly media, not texts."""
+    # Typed media tell more than names: a data set of speech has `file` (string) beside `audio` (struct).
+    found = [c for c in columns if c.holds in ("struct", "bytes") and _named(c) != "text"]
+    featured = [c for c in found if c.feature or c.holds == "struct"]
+    # `image` (binary) beside `thumbnail_hash` (binary) is clear.
+    named = [c for c in found if _named(c)]
+    return (
+        featured
+        or (named if len(named) == 1 else found)
+        or [c for c in columns if c.holds in ("string", "any") and _is_media_name(c)]
+    )
+
+
+def _urls(columns: Sequence[Column]) -> list[str]:
+    return [c.name for c in columns if c.name.lower() in URL_NAMES]
 
 
 def _no_guess(columns: Sequence[Column], texts: list[Column], urls: list[str], manifest: str) -> str:

@@ -104,7 +104,7 @@ class ManifestSource:
             self._stats = folder
         else:
             self._rows, digest, self._stats, notes = self.manifest.count(), "", None, []
-            counts = {m.modality: self._rows for m in self.selection.media}
+            counts = {m.modality: self._rows for m in self.selection.media} or {"text": self._rows}
         return ResolvedInputs(self._rows, combine([self._identity, described, digest]), counts, notes)
 
     def _file_identity(self) -> str:
@@ -193,6 +193,8 @@ class ManifestSource:
             media, names = self._media(column, cells, here, errors)
             slots.append(media)
             paths = paths if paths is not None else names
+        if not slots:
+            slots = [[Media("text", text="")] * block.rows]
         if self._bears_missing:
             self._check_any(slots, errors)
         ids = self._ids(block, first, errors)

@@ -77,6 +77,7 @@ class SourceOptions:
     input_format    read the inputs as parquet, jsonl, csv, tsv or paths, whatever their names
     live            make records from stdin as lines arrive, without a snapshot (rows are not known)
     missing         a row of a manifest may lack some of its media (Media.missing), not all
+    bare            a manifest's rows may be without media; a column of texts is a medium only where it is named
     leave           extensions of files of folders that are no rows: what the run itself writes beside them
     """
 
@@ -97,6 +98,7 @@ class SourceOptions:
     input_format: str | None = None
     live: bool = False
     missing: bool = False
+    bare: bool = False
     leave: tuple[str, ...] = ()
 
     @property

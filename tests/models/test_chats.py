@@ -513,8 +513,13 @@ def test_conversations_of_other_forms(tiny: Callable[[str], Path], reference: Ca
     assert_same(run.answers(samples, 1, 1), [[asked.idefics(*parts)]])
     processor = plan_of(tiny("llama"), TALKING).open_processor()
     (sample,) = processor.record([("text", "Cats sleep.")], (TALK,))
+    # A row without media.
+    (bare,) = processor.record([("text", "")], (TALK,))
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny("llama"))
+    wanted = tokenizer.apply_chat_template(TALK, **TEMPLATE)["input_ids"]
+    assert bare.arrays["input_ids"].tolist() == wanted[0].tolist()
     plain = [{**TALK[0], "content": "Cats sleep.\n\nWhat is it?"}, *TALK[1:]]
-    wanted = hf.AutoTokenizer.from_pretrained(tiny("llama")).apply_chat_template(plain, **TEMPLATE)["input_ids"]
+    wanted = tokenizer.apply_chat_template(plain, **TEMPLATE)["input_ids"]
     assert sample.arrays["input_ids"].tolist() == wanted[0].tolist()
     processor = plan_of(tiny("llava"), TALKING).open_processor()
     (sample,) = processor.record([("video", clips()[0])], (TALK,))

@@ -100,6 +100,23 @@ def test_a_named_column_is_not_taken_for_a_medium(tmp_path: Path) -> None:
     assert (records[0].media[0].text, records[0].variables) == ("hello", ("what?",))
 
 
+def test_rows_without_media(tmp_path: Path) -> None:
+    """Each is an empty text, where that is asked for; a text column is none of them, a picture's is."""
+    talk = [{"role": "user", "content": "a"}]
+    rows = [{"prompt": "a", "messages": talk}, {"prompt": "b", "messages": None}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    for name in ("m.jsonl", "m.parquet"):
+        seen, records = listed(tmp_path, tmp_path / name, variables=("messages",), bare=True)
+        assert (seen.rows, seen.modalities) == (2, {"text": 2})
+        assert [(r.media[0].text, r.variables) for r in records] == [("", (talk,)), ("", (None,))]
+        _, records = listed(tmp_path, tmp_path / name, variables=("messages",))
+        assert [r.media[0].text for r in records] == ["a", "b"]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({**row, "image": "a.png"}) + "\n" for row in rows))
+    _, records = listed(tmp_path, tmp_path / "m.jsonl", variables=("messages",), bare=True)
+    assert [r.media[0].modality for r in records] == ["image", "image"]
+
+
 def test_a_bad_line_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"text": "a", "n": 1}\n{broken\n{"text": "c", "n": 3}\n')
     _, records = listed(tmp_path, tmp_path / "m.jsonl", variables=("n",), text_column="text")
