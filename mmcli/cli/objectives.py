@@ -196,7 +196,7 @@ def list_rows(given: Given, inputs: tuple[str, ...], what: str, recipe: Recipe) 
         hidden=asked.hidden,
         follow_symlinks=asked.follow_symlinks,
         input_format=asked.input_format,
-        bare=MESSAGES in columns,
+        bare=bool(conversations),
         # The two sides of a contrastive row are needed both.
         missing=bool(given.training.encoder) and given.training.objective == "classify",
     )
