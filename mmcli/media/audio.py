@@ -13,7 +13,7 @@ import numpy as np
 from mmcli.core.errors import RowError
 from mmcli.core.records import Audio, DecodeOptions
 from mmcli.media.complete import mp3_length
-from mmcli.media.container import best_stream, decoded, open_container, prepare
+from mmcli.media.container import best_stream, decoded, prepare
 
 # Formats whose header counts the samples.
 _COUNTED = ("flac", "wav", "w64", "aiff", "caf", "au", "tta", "wv", "ape")
@@ -24,8 +24,10 @@ _LOWPASS_FILTER_WIDTH, _ROLLOFF = 6, 0.99  # torchaudio's defaults
 _BLOCK_SAMPLES = 1 << 22
 
 
-def decode_audio(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Audio:
+def decode_audio(container: Any, file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Audio:
     """The best audio stream (FFmpeg's choice) as mono, at `options.sampling_rate` or its own rate.
+
+    `container`: of `file`, newly opened.
 
     Channels are averaged, as `librosa.to_mono` and `datasets` do (not FFmpeg's downmix, which weighs them).
     Integers are divided by 2^(bits-1); floats are taken as they are, so that loud ones pass 1, as in any
@@ -35,29 +37,28 @@ def decode_audio(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Audio:
     Raises RowError: `too_large` (longer than `options.max_seconds`; stops there), `truncated`, `corrupt` (also
     samples that are not finite, or none at all), `unsupported_format` (no sound).
     """
-    with open_container(file) as container:
-        stream = best_stream(container, "audio")
-        if stream is None:
-            raise RowError("unsupported_format", "the file has no sound")
-        prepare(stream)
-        target, parts, seconds, samples = options.sampling_rate, [], 0.0, 0
-        resampler: _Resampler | None = None
-        for rate, block in _blocks(container, stream):
-            seconds += len(block) / rate
-            samples += len(block)
-            if seconds > options.max_seconds:
-                raise RowError("too_large", f"the sound is longer than the limit of {options.max_seconds:g} s")
-            if not np.isfinite(block).all():
-                raise RowError("corrupt", f"samples that are not finite, before {seconds:.2f} s")
-            target = target or rate
-            if resampler is None or resampler.rate != rate:
-                parts += [] if resampler is None else resampler.finish()
-                resampler = _Resampler(rate, target)
-            parts += resampler.push(block)
-        if resampler is None or target is None:
-            raise RowError("corrupt", "the sound has no samples")
-        _check_count(container, stream, file, samples)
-        parts += resampler.finish()
+    stream = best_stream(container, "audio")
+    if stream is None:
+        raise RowError("unsupported_format", "the file has no sound")
+    prepare(stream)
+    target, parts, seconds, samples = options.sampling_rate, [], 0.0, 0
+    resampler: _Resampler | None = None
+    for rate, block in _blocks(container, stream):
+        seconds += len(block) / rate
+        samples += len(block)
+        if seconds > options.max_seconds:
+            raise RowError("too_large", f"the sound is longer than the limit of {options.max_seconds:g} s")
+        if not np.isfinite(block).all():
+            raise RowError("corrupt", f"samples that are not finite, before {seconds:.2f} s")
+        target = target or rate
+        if resampler is None or resampler.rate != rate:
+            parts += [] if resampler is None else resampler.finish()
+            resampler = _Resampler(rate, target)
+        parts += resampler.push(block)
+    if resampler is None or target is None:
+        raise RowError("corrupt", "the sound has no samples")
+    _check_count(container, stream, file, samples)
+    parts += resampler.finish()
     return Audio(parts[0] if len(parts) == 1 else np.concatenate(parts), target)
 
 

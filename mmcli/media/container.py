@@ -50,13 +50,12 @@ def open_container(file: io.FileIO | io.BytesIO) -> Iterator[Any]:
         container.close()
 
 
-def modality(file: io.FileIO | io.BytesIO) -> Modality:
-    """Whether the file is a video (it has moving pictures) or audio. Raises RowError as `open_container` does."""
-    with open_container(file) as container:
-        if best_stream(container, "video") is not None:
-            return "video"
-        if best_stream(container, "audio") is not None:
-            return "audio"
+def modality(container: Any) -> Modality:
+    """Whether the open container is a video (it has moving pictures) or audio. Raises RowError for neither."""
+    if best_stream(container, "video") is not None:
+        return "video"
+    if best_stream(container, "audio") is not None:
+        return "audio"
     raise RowError("unsupported_format", "the file has neither sound nor moving pictures")
 
 

@@ -24,8 +24,10 @@ _SKIPPABLE = ("h264", "hevc", "mpeg2video", "mpeg4")
 _UNTIMED = ("avi",)
 
 
-def decode_video(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Video:
+def decode_video(container: Any, file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Video:
     """The best video stream (FFmpeg's choice), sampled at `options.num_frames` times.
+
+    `container`: of `file`, newly opened.
 
     The clip's duration is cut into F equal segments; each gives the frame that is on the screen at its middle:
     t_i = (i + 1/2) / F * duration, whatever the frame rate, constant or not. A frame that appears less than a
@@ -43,12 +45,11 @@ def decode_video(file: io.FileIO | io.BytesIO, options: DecodeOptions) -> Video:
     Raises RowError: `truncated`, `corrupt` (also where FFmpeg had to conceal damage in a frame, or in one that
     it depends on), `bomb`, `unsupported_format` (no video stream).
     """
-    with open_container(file) as container:
-        timeline = _read_timeline(container, _stream(container, options))
+    timeline = _read_timeline(container, _stream(container, options))
     moments = timeline.moments(options.num_frames)
     for shortcuts in (True, False):
-        with open_container(file) as container:
-            player = _Player(container, _stream(container, options), timeline, moments, shortcuts)
+        with open_container(file) as again:
+            player = _Player(again, _stream(again, options), timeline, moments, shortcuts)
             try:
                 return _sample(player, moments, options)
             except _MissedError:
