@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from media_helpers import code, encoded, noisy, picture, pixels
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mmcli.core.errors import RowError
 from mmcli.core.records import DecodeOptions
@@ -228,6 +228,16 @@ def test_all_orientations(orientation, kind):
     stored = np.ascontiguousarray(STORED[orientation](upright))
     data = encoded(stored, kind, exif=exif(orientation))
     close(pixels(data), upright, 4)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_orientation_in_xmp_counts_too(kind):
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    options = {"pnginfo": info} if kind == "PNG" else {"xmp": xmp.encode()}
+    stored = np.ascontiguousarray(STORED[6](picture(40, 24)))
+    close(pixels(encoded(stored, kind, **options)), picture(40, 24), 4)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 255])
