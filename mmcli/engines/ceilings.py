@@ -160,8 +160,8 @@ def measure_decoding(source: RepeatedSource, decoder: Decoder, report: Report, k
             report.rows_total = source.expected(done.rows, took)
             intake.release(len(arrived), sum(row.nbytes for row in arrived))
             done.errors.update(_errors(arrived))
-            good = [row for row in arrived if not _errors([row])]
             if len(done.kept) < keep and nbytes < WINDOW_BYTES:
+                good = [row for row in arrived if not _errors([row])]
                 done.kept += good[: keep - len(done.kept)]
                 nbytes += sum(row.nbytes for row in good)
     finally:

@@ -125,8 +125,9 @@ class Intake:
         if self._live:
             yield from _live_chunks(records)
             return
-        size = LOOKUP_ROWS if self._reuse is not None else self._block_rows()
         while True:
+            # Asked each time: how many rows come may turn out as they do (see ceilings.measure_decoding).
+            size = LOOKUP_ROWS if self._reuse is not None else self._block_rows()
             with self._report.timed("read"):
                 chunk = list(islice(records, size))
             if not chunk:

@@ -28,8 +28,10 @@ from hypothesis import strategies as st
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, MmcliError, OutputError, RowError, Stopped, TryAgain
 from mmcli.core.records import Record, Sample
 from mmcli.core.report import Report
-from mmcli.engines.intake import MAX_BYTES
+from mmcli.engines.ceilings import RepeatedSource, measure_decoding
+from mmcli.engines.intake import BLOCK_ROWS, MAX_BYTES
 from mmcli.engines.local import StopFlag
+from mmcli.media.pool import InlineDecoder
 from mmcli.models.fake import FakePlan, FakeProcessor, FakeRunner
 
 
@@ -424,3 +426,22 @@ def test_rows_that_the_source_could_not_read_stay_in_their_places():
     output = Collected()
     run_engine(ListSource(records), output, workers=2)
     assert output.rows() == expected(records)
+
+
+# Measuring (mmcli bench)
+
+
+def test_a_few_inputs_again_and_again_are_decoded_in_blocks_as_large_as_those_of_many():
+    sizes = []
+
+    class Noting(InlineDecoder):
+        def run(self, blocks, may_read):
+            return super().run((sizes.append(len(block)) or block for block in blocks), may_read)
+
+    model = plan()
+    source = RepeatedSource(ListSource(texts(3)), rows=2000)
+    found = measure_decoding(source, Noting(model, model.decode), Report(rows_total=3), keep=5)
+    assert (found.rows, len(found.kept)) == (2000, 5)
+    assert sum(sizes) == 2000
+    # Small ones until the first have come, and the last.
+    assert sizes.count(BLOCK_ROWS) * BLOCK_ROWS > 1500
