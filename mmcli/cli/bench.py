@@ -85,7 +85,8 @@ def bench(
 
     No run can be faster than the slower of decoding and the model; where both compute on the same cores, it cannot
     be faster than these allow for both. The table says which of these ceilings holds here, how near the whole run
-    comes to it, and what to change. The start of processes and the model's loading are not counted.
+    comes to it, with its start and end and once it runs, and what to change. The start of processes and the model's
+    loading are not counted.
     """
     from mmcli.cli.measure import measure
 

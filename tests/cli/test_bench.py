@@ -39,6 +39,17 @@ def test_slow_decoding_limits(cli: Cli, texts: Path) -> None:
     assert two["end_to_end"]["rows_per_s"] <= 200
 
 
+def test_what_a_run_reaches_is_told_without_its_start_and_end(cli: Cli, texts: Path) -> None:
+    found = measured(cli, texts, "-m", "fake:8,ms=50", "--batch-size", 4, "--time", "1.5s")
+    assert found["rows"] / found["end_to_end"]["steady_rows_per_s"] > 1
+    assert 0 < found["end_to_end"]["steady_rows_per_s"] <= 80
+    assert found["steady_ratio"] == pytest.approx(
+        found["end_to_end"]["steady_rows_per_s"] / found["ceiling"], abs=0.01
+    )
+    short = measured(cli, texts, "-m", "fake:8", "--rows", 8, "--time", "0.2s")
+    assert short["steady_ratio"] is None
+
+
 def test_cores_that_both_want_are_a_ceiling_of_their_own() -> None:
     both = Ceilings(Rate(1000, 10, 20), Rate(500, 10, 20), cores=2)
     # 20 + 40 ms of two cores' time for a row: 1 / (1 / 100 + 1 / 50).
@@ -72,7 +83,7 @@ def test_the_table_names_the_ceilings_and_the_run(cli: Cli, texts: Path) -> None
     done = cli("bench", texts, "-m", "fake:8,ms=200", "--time", "0.2s")
     assert done.code == 0
     first = [line.split("  ")[0] for line in done.out.splitlines()]
-    assert {"decoding alone", "the model alone", "both at once", "a whole run"} <= set(first)
+    assert {"decoding alone", "the model alone", "both at once", "a whole run", "once it runs"} <= set(first)
     assert "limited by the model" in done.out
     assert "fake" not in done.out
     assert not list(texts.glob("*.parquet"))
