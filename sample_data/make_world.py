@@ -3,7 +3,7 @@
     python sample_data/make_world.py            # writes the media and manifests beside this file
 
 Everything follows from fixed seeds: with the same library versions the files come out byte for byte
-the same. `train_clip.py` learns from the same world through `random_scene`, `render` and `caption`.
+the same. The training scripts learn from the same world through `random_scene`, `render` and `caption`.
 
 The world is split so that "not trained on" can be checked instead of believed: `split_of(scene)`
 is a function of what the scene shows, so a held-out scene differs from every training scene in at least
@@ -414,7 +414,7 @@ def write_sounds(folder: Path) -> None:
         path = folder / "sounds" / name
         sound = synthesise(pitch, manner, timbre)
         if path.suffix == ".wav":
-            _write_wav(path, sound)
+            write_sound(path, sound)
         else:
             _write_flac(path, sound)
         rows.append(
@@ -429,7 +429,7 @@ def write_sounds(folder: Path) -> None:
     _write_csv(folder / "sounds.csv", rows)
 
 
-def _write_wav(path: Path, sound: np.ndarray) -> None:
+def write_sound(path: Path, sound: np.ndarray) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

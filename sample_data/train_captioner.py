@@ -2,15 +2,16 @@
 
     python sample_data/train_captioner.py       # writes sample_data/models/captioner, with a model card
 
-The recipe is that of `training.py`. Some training captions follow a prompt ("a photo of"), which is not itself
-learned: the model goes on from these prompts and never writes them.
+The recipe is that of `training.py`. Some training captions begin with a prompt ("a photo of"): the model goes on
+from these, and hardly ever begins with one itself.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import make_world as world
 import torch
@@ -30,6 +31,7 @@ TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
 POSITIONS = 96  # mmcli's default of 50 new tokens, and a long prompt
 PROMPTS = ("a photo of", "a picture of", "an image of", "a drawing of", "this is", "there is", "it shows")
 PROMPT_SHARE = 0.2
+VALIDATED = 200
 OBLONG_SHARE = 0.2  # pictures that are not square, and that the processor squeezes
 
 
@@ -47,41 +49,25 @@ def make_model(processor: BlipProcessor) -> BlipForConditionalGeneration:
     return model
 
 
-class Batches:
-    """Seeded batches of pictures and captions."""
-
-    def __init__(self, processor: BlipProcessor, scenes: int, size: int, seed: int) -> None:
-        self.rng = random.Random(f"batches {seed}")
-        self.tokenizer, self.size = processor.tokenizer, size
-        drawn = training.draw_scenes(scenes, "train", f"captions {seed}")
-        self.pictures = training.Pictures(drawn, processor.image_processor, OBLONG_SHARE)
-
-    def draw(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Make one batch: model inputs, and the attributes of its pictures."""
-        chosen = self.rng.sample(range(len(self.pictures.scenes)), self.size)
-        prompts = [self.rng.choice(PROMPTS) if self.rng.random() < PROMPT_SHARE else "" for _ in chosen]
-        captions = [world.caption(self.pictures.scenes[index]) for index in chosen]
-        texts = [f"{prompt} {caption}" for prompt, caption in zip(prompts, captions, strict=True)]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
-        # The decoder starts with its own token, as generate() does.
-        tokens["input_ids"][:, 0] = self.tokenizer.bos_token_id
-        labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
-        for row, prompt in enumerate(prompts):
-            labels[row, : 1 + len(prompt.split())] = -100  # every word of a prompt is one token
-        pixels, facts = self.pictures[chosen]
-        return {"pixel_values": pixels, **tokens, "labels": labels}, facts
+def rows(scenes: int, split: str, seed: int) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+    """Pictures with their captions, some behind a prompt, and their attributes."""
+    stretched, prompts = random.Random("oblong"), random.Random("prompts")
+    for scene in training.draw_scenes(scenes, split, f"captions {seed}"):
+        picture = world.render(scene)
+        if stretched.random() < OBLONG_SHARE:
+            picture = training.oblong(picture, stretched)
+        caption = world.caption(scene)
+        if split == "train" and prompts.random() < PROMPT_SHARE:
+            caption = f"{prompts.choice(PROMPTS)} {caption}"
+        yield picture, {"caption": caption, **training.facts_of(scene)}
 
 
-def train(model: BlipForConditionalGeneration, batches: Batches, steps: int) -> None:
-    """Train in place: the captions' loss, helped by the attribute heads."""
-    heads = training.AttributeHeads(VISION["hidden_size"])
-
-    def step_loss(done: float) -> torch.Tensor:
-        inputs, facts = batches.draw()
-        out = model(**inputs)
-        return out.loss + training.help_weight(done) * heads(out.last_hidden_state[:, 0], facts)
-
-    training.fit([model, heads], step_loss, steps)
+def write(folder: Path, scenes: int, seed: int) -> None:
+    """Write the rows and the untrained checkpoint."""
+    processor = make_processor(seed)
+    training.save(make_model(processor), processor, folder / "start")
+    training.write_rows(folder, "train", rows(scenes, "train", seed))
+    training.write_rows(folder, "val", rows(VALIDATED, "heldout", seed))
 
 
 @torch.no_grad()
@@ -122,17 +108,12 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Train, save and evaluate one model."""
-    args = training.arguments(__doc__, "captioner", steps=3000, batch=64, scenes=24_000)
+    args = training.arguments(__doc__, "captioner", scenes=24_000)
     training.settle(args.seed, args.threads)
-    processor = make_processor(args.seed)
-    model = make_model(processor)
-    batches = Batches(processor, args.scenes, args.batch, args.seed)
-    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
-    train(model, batches, args.steps)
-    training.finish(
+    training.train(
+        "captioner",
         args,
-        model,
-        processor,
+        lambda folder: write(folder, args.scenes, args.seed),
         evaluate,
         {
             "input": f"pictures, squeezed to {SIDE} x {SIDE}; a prompt, such as {PROMPTS[0]!r}, is optional",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import make_world as world
+import own_loop
 import torch
 import training
 from PIL import Image
@@ -202,13 +203,13 @@ class Batches:
         self.rng = random.Random(f"batches {seed}")
         self.processor, self.size = processor, size
         self.scenes = training.draw_scenes(scenes, "train", f"chat {seed}")
-        self.pixels = training.render_set(self.scenes, processor.image_processor)
-        self.facts = torch.tensor([training.attributes_of(scene) for scene in self.scenes])
+        self.pixels = own_loop.render_set(self.scenes, processor.image_processor)
+        self.facts = torch.tensor([own_loop.attributes_of(scene) for scene in self.scenes])
         self.features: torch.Tensor | None = None
 
     def pictures(self, chosen: Sequence[int]) -> torch.Tensor:
         """Give the pixels of scenes as the model takes them."""
-        return training.normalise(self.pixels[chosen], self.processor.image_processor)
+        return own_loop.normalise(self.pixels[chosen], self.processor.image_processor)
 
     def draw(self) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Write a batch of conversations: input ids, mask and labels, and which scenes they are about, in order."""
@@ -232,7 +233,7 @@ class Batches:
         text = (seen > 0) & ~pictured & (inputs["attention_mask"] == 1)
         before = torch.arange(len(seen))[:, None] * (len(chosen) // len(seen))
         facts = self.facts[chosen][(before + seen - 1).clamp_min(0)]
-        return facts.masked_fill(~text[..., None], training.UNSAID)
+        return facts.masked_fill(~text[..., None], own_loop.UNSAID)
 
     def shapes_behind(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Give the shape last named at each token, as an index, int64 [N, T]; UNSAID before there is one."""
@@ -242,7 +243,7 @@ class Batches:
         last = (named.any(dim=2) * torch.arange(ids.shape[1])).cummax(dim=1).values
         shapes = named.int().argmax(dim=2).gather(1, last)
         known = (last > 0) & (inputs["attention_mask"] == 1)
-        return shapes.masked_fill(~known, training.UNSAID)
+        return shapes.masked_fill(~known, own_loop.UNSAID)
 
 
 @torch.no_grad()
@@ -259,7 +260,7 @@ def remember_features(model: LlavaForConditionalGeneration, batches: Batches) ->
 def train(model: LlavaForConditionalGeneration, batches: Batches, steps: int, joint: int) -> None:
     """Train in place: `steps` with the tower at rest, then `joint` steps of everything."""
     project = model.model.multi_modal_projector
-    heads, asked = training.AttributeHeads(WIDTH), nn.Linear(WIDTH, len(world.SHAPES))
+    heads, asked = own_loop.AttributeHeads(WIDTH), nn.Linear(WIDTH, len(world.SHAPES))
     remember_features(model, batches)
 
     def loss_of(inputs: dict[str, torch.Tensor], chosen: list[int], done: float, **pictures: Any) -> torch.Tensor:
@@ -268,9 +269,9 @@ def train(model: LlavaForConditionalGeneration, batches: Batches, steps: int, jo
         # Halfway: what the words know of the picture, the second half of the layers can use.
         known = out.hidden_states[LAYERS // 2].flatten(0, 1)
         named = functional.cross_entropy(
-            asked(known), batches.shapes_behind(inputs).flatten(), ignore_index=training.UNSAID
+            asked(known), batches.shapes_behind(inputs).flatten(), ignore_index=own_loop.UNSAID
         )
-        return out.loss + training.help_weight(done) * (heads(known, facts) + named)
+        return out.loss + own_loop.help_weight(done) * (heads(known, facts) + named)
 
     def resting(done: float) -> torch.Tensor:
         inputs, chosen = batches.draw()
@@ -282,9 +283,9 @@ def train(model: LlavaForConditionalGeneration, batches: Batches, steps: int, jo
         inputs, chosen = batches.draw()
         return loss_of(inputs, chosen, 1.0, pixel_values=batches.pictures(chosen))
 
-    training.fit([project, model.model.language_model, heads, asked], resting, steps)
+    own_loop.fit([project, model.model.language_model, heads, asked], resting, steps)
     if joint:
-        training.fit([model.model, heads, asked], together, joint, 4e-4)
+        own_loop.fit([model.model, heads, asked], together, joint, 4e-4)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -357,7 +358,7 @@ def main() -> None:
     batches = Batches(processor, args.scenes, args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
     train(model, batches, args.steps, args.joint)
-    training.finish(
+    own_loop.finish(
         args,
         model,
         processor,

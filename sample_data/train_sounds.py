@@ -2,10 +2,8 @@
 
     python sample_data/train_sounds.py          # writes sample_data/models/sounds, with a model card
 
-It writes what it hears in windows of three seconds ("a low steady sine tone"), and when, if asked for timestamps.
-It learns as Whisper did: half of the targets carry timestamps, and of a sound that the window cuts off they have
-the start only, where the next window of a long file then begins. As with the picture models, heads train along,
-here to read off the encoder what sounds at each moment, and are thrown away.
+It writes what it hears in windows of three seconds ("a low steady sine tone"), and when. It learns as Whisper did:
+of a sound that the window cuts off its text has the start only, where the next window of a long file then begins.
 """
 
 from __future__ import annotations
@@ -14,9 +12,8 @@ import argparse
 import csv
 import json
 import random
-import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,6 @@ import numpy as np
 import torch
 import training
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import nn
-from torch.nn import functional
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -40,8 +35,8 @@ from transformers import (
 
 WIDTH, LAYERS, DECODER_LAYERS = 128, 2, 2
 SECONDS = 3  # one window; 50 encoder positions a second
+VALIDATED = 200
 TICK = 0.02  # seconds from one timestamp to the next
-IGNORED = -100
 TRAITS = (world.PITCHES, world.MANNERS, world.TIMBRES)  # in the order of a sound's words
 KINDS = [(p, m, t) for p in world.PITCHES for m in world.MANNERS for t in world.TIMBRES]
 
@@ -189,95 +184,41 @@ def start_times(model: WhisperForConditionalGeneration, first: int) -> None:
 # --------------------------------------------------------------------------------------------- training
 
 
-def read_on(features: torch.Tensor, events: Events, rng: random.Random) -> tuple[torch.Tensor, Events]:
-    """Begin at the end of one of the sounds, with zeros behind the rest, as generate() reads on in long files."""
-    ends = [end for _, end, _ in events if end is not None]
-    if not ends:
-        return features, events
-    step = round(rng.choice(ends) / TICK)
-    rest = torch.zeros_like(features)
-    rest[:, : features.shape[1] - 2 * step] = features[:, 2 * step :]  # a frame is half a tick
-    past = step * TICK
-    return rest, [(start - past, end and end - past, words) for start, end, words in events if start >= past]
-
-
-def moments_of(events: Events) -> torch.Tensor:
-    """Say what sounds at each of the encoder's positions: indices of TRAITS, 0 for silence, int8 [positions, 3]."""
-    moments = torch.zeros(round(SECONDS / TICK), len(TRAITS), dtype=torch.int8)
+def timed(events: Events) -> str:
+    """Write a window's sounds as Whisper does, with times on its grid; silence is the first time alone."""
+    text = ""
     for start, end, words in events:
-        _, pitch, manner, timbre = words.split(maxsplit=3)
-        heard = [1 + list(t).index(word) for t, word in zip(TRAITS, (pitch, manner, timbre), strict=True)]
-        moments[round(start / TICK) : round((end or SECONDS) / TICK)] = torch.tensor(heard, dtype=torch.int8)
-    return moments
+        text += f"<|{round(start / TICK) * TICK:.2f}|>"
+        text += "" if end is None else f" {words}<|{round(end / TICK) * TICK:.2f}|>"
+    return text or "<|0.00|>"
 
 
-class MomentHeads(nn.Module):
-    """Linear read-outs, from every state of the encoder, of what sounds at that moment; used in training only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, 1 + len(values)) for values in TRAITS)
-
-    def forward(self, states: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-        """Add the traits' cross-entropies; states are [N, positions, WIDTH], moments [N, positions, traits]."""
-        flat = states.flatten(0, 1), moments.flatten(0, 1).T
-        losses = [functional.cross_entropy(h(flat[0]), t) for h, t in zip(self.heads, flat[1], strict=True)]
-        return torch.stack(losses).sum()
+def rows(windows: int, split: str, seed: int) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
+    """Windows of sound, int16, with what is in them; of those to learn from, half are cut from something longer."""
+    rng = random.Random(f"rows {split} {seed}")
+    for number in range(windows):
+        window = draw_window(rng, held_out=split != "train", cut=split == "train" and number % 2 == 0)
+        sound = np.rint(window.sound.clip(-1, 1) * 32767).astype(np.int16)
+        # Of the first sound: heads help the encoder to hear it.
+        yield sound, {"text": timed(window.events), **first_traits(window.events)}
 
 
-class Batches:
-    """Seeded batches: windows drawn and their features computed once; timestamps asked for in every second one."""
+def first_traits(events: Events) -> dict[str, str]:
+    """Pitch, manner and timbre of a window's only sound; nothing of several."""
+    words = events[0][2].split(maxsplit=3)[1:] if len(events) == 1 else [""] * 3
+    return dict(zip(("pitch", "manner", "timbre"), words, strict=True))
 
-    def __init__(self, processor: WhisperProcessor, windows: int, size: int, seed: int) -> None:
-        self.rng = random.Random(f"batches {seed}")
-        self.tokenizer, self.size = processor.tokenizer, size
-        drawn = [draw_window(self.rng, cut=index % 2 == 0) for index in range(windows)]
-        self.features = features_of([window.sound for window in drawn], processor)
-        self.events = [window.events for window in drawn]
-        for index in self.rng.sample(range(windows), windows // 5):
-            self.features[index], self.events[index] = read_on(self.features[index], self.events[index], self.rng)
-        self.moments = torch.stack([moments_of(events) for events in self.events])
 
-    def target(self, index: int) -> list[int]:
-        """Write the tokens to be learned for a window; those cut off at its end only with timestamps."""
-        events = self.events[index]
-        stamped = self.rng.random() < 0.5 or any(end is None for _, end, _ in events)
-        tokenizer = self.tokenizer
-        name = "<|startoftranscript|><|en|><|transcribe|>" + ("" if stamped else "<|notimestamps|>")
-        for start, end, words in events:
-            stamp = f"<|{round(start / TICK) * TICK:.2f}|>"
-            if not stamped:
-                name += f" {words}"
-            elif end is None:
-                name += stamp
-            else:
-                name += f"{stamp} {words}<|{round(end / TICK) * TICK:.2f}|>"
-        if stamped and not events:
-            name += "<|0.00|>"
-        return tokenizer(name + "<|endoftext|>", add_special_tokens=False)["input_ids"]
-
-    def draw(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Make one batch: features, decoder inputs and labels (the language and task are given, not learned).
-
-        Beside it come the moments of its windows, [N, positions, traits].
-        """
-        chosen = self.rng.sample(range(len(self.events)), self.size)
-        targets = [self.target(index) for index in chosen]
-        longest = max(map(len, targets))
-        ids = torch.full((self.size, longest), self.tokenizer.pad_token_id)
-        labels = torch.full((self.size, longest), IGNORED)
-        for row, target in enumerate(targets):
-            ids[row, : len(target)] = torch.tensor(target)
-            labels[row, : len(target)] = ids[row, : len(target)]
-        labels[:, :3] = IGNORED
-        given = labels == self.tokenizer.convert_tokens_to_ids("<|notimestamps|>")
-        labels = labels.masked_fill(given, IGNORED)
-        batch = {
-            "input_features": self.features[chosen].float(),
-            "decoder_input_ids": ids[:, :-1],
-            "labels": labels[:, 1:],
-        }
-        return batch, self.moments[chosen].long()
+def write(folder: Path, windows: int, seed: int) -> None:
+    """Write the rows and the untrained checkpoint."""
+    processor = make_processor()
+    start = folder / "start"
+    make_model(processor.tokenizer).save_pretrained(start)
+    processor.save_pretrained(start)
+    # AutoFeatureExtractor and other tools read preprocessor_config.json, which WhisperProcessor does not write.
+    processor.feature_extractor.save_pretrained(start)
+    training.write_rows(folder, "train", rows(windows, "train", seed), "audio")
+    training.write_rows(folder, "val", rows(VALIDATED, "heldout", seed), "audio")
 
 
 def features_of(sounds: Sequence[np.ndarray], processor: WhisperProcessor) -> torch.Tensor:
@@ -290,18 +231,6 @@ def features_of(sounds: Sequence[np.ndarray], processor: WhisperProcessor) -> to
     return torch.cat(done)
 
 
-def train(model: WhisperForConditionalGeneration, batches: Batches, steps: int) -> None:
-    """Train in place: the texts' loss, helped by the moments' heads."""
-    heads = MomentHeads()
-
-    def step_loss(done: float) -> torch.Tensor:
-        inputs, moments = batches.draw()
-        out = model(**inputs)
-        return out.loss + training.help_weight(done) * heads(out.encoder_last_hidden_state, moments)
-
-    training.fit([model, heads], step_loss, steps)
-
-
 # ------------------------------------------------------------------------------------------- evaluation
 
 
@@ -312,7 +241,9 @@ def transcribe(folder: Path, sounds: Sequence[np.ndarray], **options: Any) -> li
     texts = []
     for start in range(0, len(sounds), 50):
         inputs = processor(list(sounds[start : start + 50]), sampling_rate=world.RATE, return_tensors="pt")
-        out = model.generate(inputs["input_features"], language="en", task="transcribe", **options)
+        out = model.generate(
+            inputs["input_features"], language="en", task="transcribe", return_timestamps=True, **options
+        )
         texts += [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
     return texts
 
@@ -387,9 +318,9 @@ the windows of longer ones are joined by their words, which are few and alike he
 | | |
 | --- | --- |
 | input | 16 kHz, windows of {seconds} seconds |
-| form | multilingual, with English as the only language; with timestamps or without |
-| training | {steps:,} steps of {batch} windows, from {windows:,} drawn, seed {seed} |
-| time | {minutes:.0f} minutes of CPU time, with --threads {threads} |
+| form | multilingual, with English as the only language; always with timestamps (`return_timestamps=True`) |
+| training | `mmcli finetune`, `configs/sounds/train.toml`: {steps}, of {windows:,} windows, seed {seed} |
+| time | {minutes:.0f} minutes, with --threads {threads} |
 | held out | one in {held_out} cells of pitch (0.5 %) by length (50 ms) of each kind, and all those of the files |
 | timestamps | median error {start:.2f} s of starts, {end:.2f} s of ends (200 held-out sounds) |
 
@@ -406,12 +337,13 @@ def report(args: argparse.Namespace, minutes: float) -> None:
     scores = evaluate(args.out, args.seed)
     card = CARD.format(
         rows="\n".join(f"| {name} | {value:.1%} |" for name, value in scores.items()),
-        parameters=WhisperForConditionalGeneration.from_pretrained(args.out).num_parameters(),
+        parameters=training.load(args.out).num_parameters(),
         seconds=SECONDS,
         held_out=world.HELD_OUT_OF,
         minutes=minutes,
+        steps=training.steps_of("sounds", args),
         **time_errors(args.out, args.seed),
-        **{name: getattr(args, name) for name in ("steps", "batch", "windows", "seed", "threads")},
+        **{name: getattr(args, name) for name in ("windows", "seed", "threads")},
     )
     (args.out / "README.md").write_text(card, encoding="utf-8")
     for name, value in scores.items():
@@ -420,19 +352,9 @@ def report(args: argparse.Namespace, minutes: float) -> None:
 
 def main() -> None:
     """Train, save and evaluate one model."""
-    args = training.arguments(__doc__, "sounds", steps=700, batch=64, windows=8000)
+    args = training.arguments(__doc__, "sounds", windows=12_000)
     training.settle(args.seed, args.threads)
-    processor = make_processor()
-    model = make_model(processor.tokenizer)
-    batches = Batches(processor, args.windows, args.batch, args.seed)
-    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; drawn", flush=True)
-    train(model, batches, args.steps)
-    minutes = time.process_time() / 60
-    model.save_pretrained(args.out)
-    processor.save_pretrained(args.out)
-    # AutoFeatureExtractor and other tools read preprocessor_config.json, which WhisperProcessor does not write.
-    processor.feature_extractor.save_pretrained(args.out)
-    report(args, minutes)
+    report(args, training.finetune("sounds", args, lambda folder: write(folder, args.windows, args.seed)))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
     python sample_data/train_vqa.py             # writes sample_data/models/vqa, with a model card
 
-The recipe is that of `training.py`; every picture of a batch is looked at once and asked several questions.
+The recipe is that of `training.py`; every picture is asked several questions, each a row.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import make_world as world
 import torch
@@ -29,7 +30,8 @@ VISION = {
 }
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2}  # encoder and decoder each
 POSITIONS = 96
-ASKED = 4  # questions about each picture of a batch
+ASKED = 4  # questions about each picture
+VALIDATED = 100
 OBLONG_SHARE = 0.2  # pictures that are not square, and that the processor squeezes
 
 
@@ -48,62 +50,24 @@ def make_model(processor: BlipProcessor) -> BlipForQuestionAnswering:
     return model
 
 
-class Batches:
-    """Seeded batches of pictures with ASKED questions each."""
-
-    def __init__(self, processor: BlipProcessor, scenes: int, size: int, seed: int) -> None:
-        self.rng = random.Random(f"batches {seed}")
-        self.processor, self.size = processor, size
-        drawn = training.draw_scenes(scenes, "train", f"questions {seed}")
-        self.pictures = training.Pictures(drawn, processor.image_processor, OBLONG_SHARE)
-
-    def draw(self) -> dict[str, torch.Tensor]:
-        """Make one batch: B pictures and their attributes, B * ASKED questions and answers as tokens."""
-        chosen = self.rng.sample(range(len(self.pictures.scenes)), self.size)
-        scenes = [self.pictures.scenes[index] for index in chosen]
-        asked = [(scene, *pair) for scene in scenes for pair in self.rng.sample(world.questions(scene), ASKED)]
-        worded = [training.worded(scene, question, self.rng) for scene, question, _ in asked]
-        tokenizer = self.processor.tokenizer
-        questions = tokenizer(worded, padding=True, return_tensors="pt")
-        answers = tokenizer([answer for *_, answer in asked], padding=True, return_tensors="pt")
-        # The decoder starts with its own token, as generate() does.
-        answers["input_ids"][:, 0] = tokenizer.bos_token_id
-        pixels, facts = self.pictures[chosen]
-        # generate() lets the decoder see the padding of shorter questions: half of the rows learn to bear it.
-        blind = torch.tensor([[self.rng.random() < 0.5] for _ in asked])
-        return {
-            "pixel_values": pixels,
-            "facts": facts,
-            "input_ids": questions["input_ids"],
-            "attention_mask": questions["attention_mask"],
-            "seen": torch.where(blind, questions["attention_mask"], 1),
-            "answers": answers["input_ids"],
-            "labels": answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100),
-        }
+def rows(scenes: int, split: str, seed: int) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+    """Pictures, each with ASKED questions, their answers, and the picture's attributes."""
+    rng = random.Random(f"rows {split} {seed}")
+    for scene in training.draw_scenes(scenes, split, f"questions {seed}"):
+        picture = world.render(scene)
+        if rng.random() < OBLONG_SHARE:
+            picture = training.oblong(picture, rng)
+        for question, answer in rng.sample(world.questions(scene), ASKED):
+            asked = training.worded(scene, question, rng)
+            yield picture, {"question": asked, "answer": answer, **training.facts_of(scene)}
 
 
-def train(model: BlipForQuestionAnswering, batches: Batches, steps: int) -> None:
-    """Train in place: the answers' loss, helped by the attribute heads."""
-    heads = training.AttributeHeads(WIDTH)
-
-    def step_loss(done: float) -> torch.Tensor:
-        batch = batches.draw()
-        pictures = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
-        # What model.forward does, but for the pictures, which are looked at once, and for the padding.
-        asked = model.text_encoder(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            encoder_hidden_states=pictures.repeat_interleave(ASKED, dim=0),
-        ).last_hidden_state
-        answered = model.text_decoder(
-            input_ids=batch["answers"],
-            encoder_hidden_states=asked,
-            encoder_attention_mask=batch["seen"],
-            labels=batch["labels"],
-        )
-        return answered.loss + training.help_weight(done) * heads(pictures[:, 0], batch["facts"])
-
-    training.fit([model, heads], step_loss, steps)
+def write(folder: Path, scenes: int, seed: int) -> None:
+    """Write the rows and the untrained checkpoint."""
+    processor = make_processor(seed)
+    training.save(make_model(processor), processor, folder / "start")
+    training.write_rows(folder, "train", rows(scenes, "train", seed))
+    training.write_rows(folder, "val", rows(VALIDATED, "heldout", seed))
 
 
 @torch.no_grad()
@@ -159,17 +123,12 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Train, save and evaluate one model."""
-    args = training.arguments(__doc__, "vqa", steps=2800, batch=64, scenes=24_000)
+    args = training.arguments(__doc__, "vqa", scenes=24_000)
     training.settle(args.seed, args.threads)
-    processor = make_processor(args.seed)
-    model = make_model(processor)
-    batches = Batches(processor, args.scenes, args.batch, args.seed)
-    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens; rendered", flush=True)
-    train(model, batches, args.steps)
-    training.finish(
+    training.train(
+        "vqa",
         args,
-        model,
-        processor,
+        lambda folder: write(folder, args.scenes, args.seed),
         evaluate,
         {
             "input": f"a picture, squeezed to {SIDE} x {SIDE}, and a question as in `questions.jsonl`",
