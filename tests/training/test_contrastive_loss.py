@@ -245,6 +245,26 @@ def test_clap_ranks_texts_for_a_sound_too(load: Callable[[str], Any]) -> None:
     assert abs(float(found - wanted.loss)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_equals_the_loss_of_open_clip(name: str) -> None:
+    """And its gradients: of vectors, scale and bias, in float64."""
+    reason = "open_clip is not installed: pip install open_clip_torch"
+    theirs = getattr(pytest.importorskip("open_clip.loss", reason=reason), name)()
+    found = []
+    for ours in (True, False):
+        a, b = (side.double().requires_grad_() for side in vectors(16))
+        scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (14.0, -9.0))
+        unit = [nn.functional.normalize(side, dim=-1) for side in (a, b)]
+        if name == "ClipLoss":
+            loss = cl.clip_loss(a, b, scale) if ours else theirs(*unit, scale)
+        else:
+            loss = cl.siglip_loss(a, b, scale, bias) if ours else theirs(*unit, scale, bias)
+        wanted = [a, b, scale, *([bias] if name == "SigLipLoss" else [])]
+        found.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_autocast_does_not_round_logits() -> None:
     a, b = (x.float() for x in vectors(64, 32))
     clips = b.expand(64, -1, -1)
