@@ -172,7 +172,8 @@ def rows(scenes: int, split: str, seed: int) -> Iterator[tuple[Image.Image, dict
     rng = random.Random(f"clip {seed}" if split == "train" else f"clip {split} {seed}")
     for _ in range(scenes):
         scene = world.random_scene(rng, split)
-        yield world.render(scene), {"caption": varied_caption(scene, rng)}
+        caption = varied_caption(scene, rng) if split == "train" else world.caption(scene)
+        yield world.render(scene), {"caption": caption}
 
 
 def write(folder: Path, scenes: int, seed: int) -> None:

@@ -136,17 +136,18 @@ def test_a_script_and_its_configuration_train(
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "sounds"])
-def test_training_shows_no_held_out_scene(scripts: Any, world: ModuleType, name: str) -> None:
-    script, training = scripts(SCRIPTS[name]), scripts("training")
-    assert {world.split_of(scene) for scene in training.draw_scenes(300, "train", "pairs 0")} == {"train"}
-    shown: list[str] = []
-    draw = training.draw_scenes
-    training.draw_scenes = lambda count, split, seed: shown.append(split) or draw(count, split, seed)
-    try:
-        assert len(list(script.rows(8, "train", 0))) >= 8
-    finally:
-        training.draw_scenes = draw
-    assert shown == ["train"]
+def test_training_shows_no_held_out_scene(
+    scripts: Any, world: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    script, render, shown = scripts(SCRIPTS[name]), world.render, []
+
+    def recorded(scene: Any) -> Image.Image:
+        shown.append(scene)
+        return render(scene)
+
+    monkeypatch.setattr(world, "render", recorded)
+    assert len(list(script.rows(60, "train", 0))) >= 60
+    assert {world.split_of(scene) for scene in shown} == {"train"}
 
 
 # ------------------------------------------------------------------------------------- the captioner
