@@ -37,7 +37,7 @@ class Lora:
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             target_modules="all-linear",
-            exclude_modules=heads or None,
+            exclude_modules=[*heads, *_tied(model)] or None,
         )
         try:
             self._adapted: Any = peft.get_peft_model(model, config)
@@ -55,6 +55,20 @@ class Lora:
     def kept(self, bases: Mapping[str, Checkpoint]) -> KeptModel:
         """The model, which is saved as an adapter of `bases` (see mmcli.models.adapters.Adapter)."""
         return KeptModel(self._model, self._adapted, self._heads, bases)
+
+
+def _tied(model: nn.Module) -> list[str]:
+    """Linear layers whose weight is another module's, too: a difference merged into it would reach both.
+
+    So is BLIP's last layer, whose weight is that of its words; peft finds such layers only at the top of a model.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    shared = {owner for names in owners.values() if len(set(names)) > 1 for owner in names}
+    return sorted(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in shared
+    )
 
 
 @dataclass(slots=True)

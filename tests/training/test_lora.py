@@ -106,6 +106,20 @@ def test_kept_is_what_merged_is(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(plain[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("name", WRITTEN)
+def test_merged_writes_as_what_learned(tmp_path: Path, name: str) -> None:
+    """Tied weights, too: of BLIP's the last layer's are those of its words."""
+    objective, rows = objective_and_rows(name, tmp_path)
+    trainer = trainer_of(tmp_path / "run", objective, rows, rows, replace(OPTIONS, learning_rate=0.05))
+    trainer.train()
+    assert trainer._lora is not None
+    model, merged = trainer._parts.model.eval(), trainer._lora.merged().eval()
+    for part in (part for pieces in trainer.validation_batches() for piece in pieces for part in piece):
+        with torch.inference_mode():
+            found, wanted = (float(objective._sums(one, part).loss) for one in (merged, model))
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_half_way_to_the_base(tmp_path: Path) -> None:
     """Weights of a run with --wise-ft are on the straight line from the base's to those of a run without."""
     found = {}
