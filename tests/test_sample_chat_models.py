@@ -60,6 +60,7 @@ def test_chat_answers_the_sample_questions(sample_data: Path, chat: tuple[str, P
     assert share([row["model_answer"] for row in doubts], [row["answer"] for row in doubts]) >= 0.8
 
 
+@pytest.mark.slow
 def test_chat_answers_one_question_about_all_pictures(sample_data: Path, chat: tuple[str, Path]) -> None:
     asked = ("-q", "colour=What colour is the shape?", "-q", "shape=What shape is it?")
     rows = mmcli("ask", sample_data / "images", *chat, *asked)

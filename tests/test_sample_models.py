@@ -231,6 +231,7 @@ def test_mmcli_answers_the_sample_questions(sample_data: Path) -> None:
     assert share([row["model_answer"] for row in rows], [row["answer"] for row in rows]) >= 0.8
 
 
+@pytest.mark.slow
 def test_mmcli_asks_one_question_of_all_pictures(sample_data: Path) -> None:
     """A question that names no shape, and so suits every picture."""
     asked = ("-q", "colour=What colour is the shape?", "-q", "shape=What shape is it?")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import tiny_captioners
 import tiny_speech
@@ -51,15 +53,15 @@ def test_segments_go_out_and_come_back(tmp_path: Path, whisper: Path) -> None:
     rows = [{"audio": row.media[0].file} for row in sound_rows(tmp_path / "sounds", 3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = ("-m", whisper, "--language", "de", "--audio-column", "audio")
-    written = ("caption", tmp_path / "rows.jsonl", *asked, "-o", tmp_path / "out.jsonl", "--keep", "audio")
+    written = ("caption", tmp_path / "rows.jsonl", *asked, "-o", tmp_path / "out.parquet", "--keep", "audio")
     # Of weights by chance some say nothing.
     assert mmcli([str(one) for one in written]) in (0, 3)
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    heard = [line for line in lines if line["segments"]]
-    assert heard
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in heard))
+    table = pq.read_table(tmp_path / "out.parquet")
+    heard = table.filter(pc.greater(pc.list_value_length(table["segments"]), 0))
+    assert len(heard)
+    pq.write_table(heard, tmp_path / "train.parquet")
     more = ("--language", "de", "--audio-column", "audio", "--target-column", "segments", "--learning-rate", 0)
-    assert finetune(whisper, tmp_path / "train.jsonl", tmp_path / "run", *more) == 0
+    assert finetune(whisper, tmp_path / "train.parquet", tmp_path / "run", *more) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["best"] == 1.0
 
 
