@@ -247,7 +247,7 @@ def test_signals(tmp_path: Path, number: int, code: int, name: str) -> None:
     with process(*command) as child:
         wait_for_parts(tmp_path / "o.parquet.mmcli")
         child.send_signal(number)
-        err = child.communicate(timeout=10)[1].decode()
+        err = child.communicate(timeout=60)[1].decode()
         assert child.returncode == code
     assert f"mmcli: {name}; " in err
     assert "run the same command again to go on" in err
@@ -259,7 +259,7 @@ def test_signals(tmp_path: Path, number: int, code: int, name: str) -> None:
 
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     rows, out = manifest(tmp_path / "m.csv", 100), tmp_path / "o.parquet"
-    command = ["embed", rows, "-m", "fake:4,ms=5000", "-o", out, "--batch-size", 1]
+    command = ["embed", rows, "-m", "fake:4,ms=600000", "-o", out, "--batch-size", 1]
     with process(*command) as child:
         wait_until(lambda: (tmp_path / "o.parquet.mmcli" / "run.json").exists())
         time.sleep(0.3)
@@ -267,7 +267,7 @@ def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
         time.sleep(0.3)
         assert child.poll() is None
         child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=1) == 130
+        assert child.wait(timeout=60) == 130
 
 
 @pytest.mark.parametrize(("number", "code", "name"), [(2, 130, "interrupted"), (15, 143, "terminated")])
@@ -277,7 +277,7 @@ def test_a_signal_while_the_model_loads(tmp_path: Path, number: int, code: int, 
         wait_until(lambda: (tmp_path / "o.parquet.mmcli" / "run.json").exists())
         time.sleep(0.3)
         child.send_signal(number)
-        err = child.communicate(timeout=5)[1].decode()
+        err = child.communicate(timeout=60)[1].decode()
     assert child.returncode == code
     assert err == f"mmcli: {name}; 0 of 3 rows are safe\n  try: run the same command again to go on\n"
 
@@ -337,14 +337,11 @@ def test_two_at_once(tmp_path: Path) -> None:
     command = ["embed", rows, "-m", SLOW, "-o", out, "--batch-size", 1]
     with process(*command) as first:
         wait_until(lambda: (tmp_path / "o.parquet.mmcli" / "run.json").exists())
-        start = time.monotonic()
         second = finished(*command)
-        elapsed = time.monotonic() - start
+        assert first.poll() is None, "waited for the other run to end"
         first.kill()
     assert second.code == 75
     assert f"another run writes this output: process {first.pid}" in second.err
-    # Half a second of it is patience, the rest the start of Python.
-    assert elapsed < 2
 
 
 def test_a_live_list_is_answered_line_by_line(texts: Path) -> None:

@@ -148,21 +148,19 @@ def test_large_model_inputs_are_bounded_by_their_size():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stop_commits_what_is_done_and_the_next_run_goes_on(workers):
-    records, output, stop, report = texts(2000), Collected(), StopFlag(), Report()
-    asked = []
+    records, output, stop, report = texts(20_000), Collected(), StopFlag(), Report()
 
     def ask():
         while report.done < 64:
             time.sleep(0.01)
-        asked.append(time.perf_counter())
         stop.request(ExitCode.TERMINATED)
 
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(Stopped) as caught:
         run_engine(ListSource(records), output, plan(ms=10), stop=stop, workers=workers, report=report)
     assert caught.value.exit_code == ExitCode.TERMINATED
-    assert time.perf_counter() - asked[0] < 0.6
-    assert 0 < output.committed < 2000
+    # All of them would take six seconds.
+    assert 0 < output.committed < 20_000
     assert output.rows() == expected(records[: output.committed])
     run_engine(ListSource(records), output)
     assert output.rows() == expected(records)
@@ -172,17 +170,18 @@ def test_a_stop_while_a_decoder_hangs_does_not_wait_for_it():
     records = [text_record(0, "hang"), *texts(50)[1:]]
     stop = StopFlag()
     threading.Timer(0.5, stop.request, [ExitCode.INTERRUPTED]).start()
+    # The decoder sleeps for days, and --sample-timeout is a minute.
     start = time.perf_counter()
     with pytest.raises(Stopped):
         run_engine(ListSource(records), Collected(), stop=stop, workers=2)
-    assert time.perf_counter() - start < 1.5
+    assert time.perf_counter() - start < 30
 
 
 def test_a_decoder_that_hangs_or_dies_costs_its_row():
     orders = {3: "hang", 20: "abort", 30: "segfault", 31: "exit"}
     records = [text_record(i, orders.get(i, f"text {i}")) for i in range(60)]
     output = Collected()
-    run_engine(ListSource(records), output, workers=2, timeout_s=0.5)
+    run_engine(ListSource(records), output, workers=2, timeout_s=2.0)
     codes = {i: code for i, (_, code, _) in enumerate(output.rows()) if code}
     assert codes == {3: "timeout", 20: "worker_crash", 30: "worker_crash", 31: "worker_crash"}
 
@@ -250,12 +249,10 @@ def test_the_budget_ends_a_long_run_early():
 def test_a_failing_output_ends_the_run_and_leaves_what_is_committed(fail_at, workers):
     source = ListSource(texts(5000))
     output = Collected(fail_at=fail_at, error=OutputError("no space left"))
-    start = time.perf_counter()
     with pytest.raises(OutputError, match="no space left"):
         run_engine(source, output, workers=workers, parts=PartLimits(rows=40))
     assert output.committed == 40 * fail_at
     assert source.read < 2000
-    assert time.perf_counter() - start < 2
 
 
 def test_a_source_that_fails_ends_the_run_and_what_came_before_is_committed():
@@ -300,12 +297,12 @@ def test_each_row_of_a_live_stream_comes_out_before_the_next_goes_in(workers):
     runner.start()
     for row, record in enumerate(records):
         source.queue.put(record)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while output.committed <= row and time.monotonic() < deadline:
             time.sleep(0.005)
         assert output.committed == row + 1, f"row {row} did not come out"
     source.queue.put(None)
-    runner.join(5)
+    runner.join(60)
     assert not runner.is_alive()
     assert output.rows() == expected(records)
 
@@ -323,10 +320,12 @@ def test_a_live_stream_that_is_fast_is_batched():
 def test_a_stop_does_not_wait_for_a_live_source():
     source, stop = LiveSource(), StopFlag()
     threading.Timer(0.2, stop.request, [ExitCode.INTERRUPTED]).start()
-    start = time.perf_counter()
+    late = threading.Timer(30, source.queue.put, [None])
+    late.start()
     with pytest.raises(Stopped):
         run_engine(source, Collected(immediate=True), stop=stop, workers=1)
-    assert time.perf_counter() - start < 1.5
+    assert late.is_alive(), "waited for the source to end"
+    late.cancel()
 
 
 def test_other_outputs_do_not_depend_on_when_rows_come():

