@@ -69,6 +69,7 @@ def test_chat_answers_one_question_about_all_pictures(sample_data: Path, chat: t
     assert share([row["shape_answer"] for row in rows], [name[2] for name in named]) >= 0.8
 
 
+@pytest.mark.slow
 def test_chat_describes_the_sample_pictures(sample_data: Path, chat: tuple[str, Path]) -> None:
     """By what mmcli asks of itself."""
     wanted = {row["file_name"]: row["caption"] for row in rows_of(sample_data / "images" / "metadata.jsonl")}
@@ -89,6 +90,7 @@ def test_chat_is_not_misled_by_an_example(sample_data: Path, chat: tuple[str, Pa
     assert share([row["answer"] for row in answered], [row["caption"] for row in rows]) >= 0.8
 
 
+@pytest.mark.slow
 def test_chat_goes_on_with_a_conversation(sample_data: Path, chat: tuple[str, Path], tmp_path: Path) -> None:
     """Two questions about one picture."""
     said = [
@@ -146,6 +148,7 @@ def test_whisper_names_the_sample_sounds(sample_data: Path, sounds: tuple[str, P
         assert row["caption"].startswith(text)
 
 
+@pytest.mark.slow
 def test_whisper_says_when(sample_data: Path, sounds: tuple[str, Path], tmp_path: Path) -> None:
     """A second of silence before each sound."""
     lengths = {}

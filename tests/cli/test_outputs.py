@@ -282,7 +282,7 @@ def test_a_signal_while_the_model_loads(tmp_path: Path, number: int, code: int, 
     assert err == f"mmcli: {name}; 0 of 3 rows are safe\n  try: run the same command again to go on\n"
 
 
-@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize("number", [2, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_signal_in_a_library_is_no_failure_of_it(tmp_path: Path, shared_data: Path, number: int) -> None:
     """One that comes while the size of the vectors is measured, where any exception blames config.json."""
     script = (

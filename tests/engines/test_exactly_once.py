@@ -24,6 +24,7 @@ def test_a_few_signals_to_answers(tmp_path: Path) -> None:
     assert tally.kills.total() >= 4
 
 
+@pytest.mark.slow
 def test_a_few_signals_to_labels(tmp_path: Path) -> None:
     tally = torture(tmp_path, NAMES[:1], kills=3, seed=3, task=CLASSIFY)
     assert tally.kills.total() >= 3

@@ -240,6 +240,7 @@ def test_sentence_transformers(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sentences" / "modules.json").is_file()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(base: Path, adapter: Path, tmp_path: Path) -> None:
     """The folder of links is gone once the run is, but not before its workers have read it."""
     (tmp_path / "temporary").mkdir()

@@ -154,6 +154,7 @@ def test_a_stopped_run_ends_with_the_same_weights_and_without_heads(tmp_path: Pa
         assert not [name for name in weights.keys() if "auxiliary" in name]  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_a_picture_teaches_its_encoder_what_no_text_says(tmp_path: Path, sample_data: Path) -> None:
     """All captions are alike: only the heads have anything to learn from, and their loss falls."""
     lines = [json.loads(line) for line in (sample_data / "images.jsonl").read_text().splitlines()]

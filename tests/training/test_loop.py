@@ -171,7 +171,8 @@ def test_another_seed_gives_other_weights(tmp_path: Path, pictures: tuple[Path, 
     assert not torch.equal(weights(tmp_path / "run" / "last")[name], weights(uninterrupted / "last")[name])
 
 
-def test_a_killed_process_loses_nothing(tmp_path: Path, pictures: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_killed_process_loses_nothing(tmp_path: Path, pictures: tuple[Path, Path], times: int) -> None:
     """SIGKILL at random moments of a real run, workers and all; the same command goes on each time."""
     base, images = pictures
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -181,7 +182,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, pictures: tuple[Path, Pa
               "--checkpoint-time", "0.05s"]  # fmt: skip
     subprocess.run([*common, "-o", str(whole)], check=True, capture_output=True, timeout=120)
     generator, kills = random.Random(1), 0
-    for _ in range(2):
+    for _ in range(times):
         process = subprocess.Popen([*common, "-o", str(run)], stderr=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 60
         while not (run / "checkpoint").exists() and process.poll() is None and time.monotonic() < deadline:
