@@ -33,8 +33,8 @@ class ContrastiveRecipe:
     metrics: tuple[str, ...] = ("r_at_1", "r_at_5", "r_at_10", f"{_CONDITIONED}r_at_1")
 
     def columns(self, training: TrainingArguments) -> dict[str, str]:
-        """None."""
-        return {}
+        """Those of auxiliary labels."""
+        return dict.fromkeys(training.auxiliary_column or (), "--auxiliary-column")
 
     def check(self, train: Listed, val: Listed | None, messages: Messages, problems: Problems) -> None:
         """Two media in every row."""

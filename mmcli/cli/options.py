@@ -607,8 +607,8 @@ class TrainingArguments:
             TRAINING,
             "--auxiliary-column",
             "COLUMN",
-            "caption, vqa: labels that the encoder learns to tell beside, by heads that are thrown away: helps "
-            "models that begin with random weights. Repeatable.",
+            "caption, vqa, contrastive: labels that the encoder of what is seen or heard learns to tell beside, by "
+            "heads that are thrown away: helps models that begin with random weights. Repeatable.",
         ),
     ] = None
     new_answers: Annotated[

@@ -314,12 +314,16 @@ def _check_auxiliary(given: Given, problems: Problems) -> None:
     training, asked = given.training, given.training.auxiliary_column or []
     if not asked:
         return
-    recipe = WRITING.get(training.objective)
-    if recipe is None:
+    recipe = RECIPES.get(training.objective)
+    kinds = ("contrastive", *WRITING)
+    if recipe is None or training.objective not in kinds:
         problems.add(
-            f"--auxiliary-column is for --objective {' and '.join(WRITING)}, not {training.objective}; leave it out"
+            f"--auxiliary-column is for --objective {', '.join(kinds[:-1])} and {kinds[-1]}, not "
+            f"{training.objective}; leave it out"
         )
         return
+    if training.objective == "contrastive" and given.optimization.gradient_accumulation_steps != "1":
+        problems.add("--auxiliary-column with --objective contrastive: --gradient-accumulation-steps 1, no more")
     own = recipe.columns(replace(training, auxiliary_column=None))
     problems.lines += [f"--auxiliary-column {name} is {own[name]}, too" for name in asked if name in own]
     if given.optimization.lora_rank is not None:
@@ -429,7 +433,10 @@ def _train(given: Given, command: Command, messages: Messages, signals: Signals,
     from mmcli.training.loop import Data, Events, RunLimits, Trainer
 
     used = devices.first(lambda: _heard(signals, lambda: _preflight(given, command, messages)))
-    train, val = _rows(command, command.train, used["INPUT"]), _rows(command, command.val, used["--val"])
+    train, val = (
+        _rows(given, command, listed, used[what])
+        for listed, what in ((command.train, "INPUT"), (command.val, "--val"))
+    )
     devices.first(lambda: _write_config(given, command))
     options, plan = command.options, command.objective.plan
     augment = AUGMENTS[options.augment]
@@ -568,14 +575,14 @@ def _complete(command: Command, values: dict[str, Any]) -> None:
             remove(command.run / name)
 
 
-def _rows(command: Command, listed: Listed, used: dict[int, Record]) -> list[Row]:
+def _rows(given: Given, command: Command, listed: Listed, used: dict[int, Record]) -> list[Row]:
     from mmcli.training.data import Row
 
     targets = RECIPES[command.objective.name].targets(listed, command.objective)
     rows = [Row(record.id, record.media, targets[n], record.variables) for n, record in used.items()]
     if (labels := command.auxiliary) is not None and listed is command.train:
         for row, record in zip(rows, used.values(), strict=True):
-            row.auxiliary = labels.indices(auxiliary_cells(record, len(labels.classes)))
+            row.auxiliary = labels.indices(auxiliary_cells(record, given.training))
     return rows
 
 

@@ -175,7 +175,7 @@ def auxiliary_labels(
     if len(media) != 1:
         problems.add("--auxiliary-column: name one column of what is seen or heard: --image-column, ...")
         return None
-    cells = [auxiliary_cells(record, len(names)) for record in train.records if record.error is None]
+    cells = [auxiliary_cells(record, training) for record in train.records if record.error is None]
     classes = {}
     for name, column in zip(names, zip(*cells, strict=True), strict=True):
         labels = sorted({label for cell in column if (label := label_text(cell)) is not None})
@@ -185,9 +185,10 @@ def auxiliary_labels(
     return AuxiliaryLabels(str(*media), classes, weight)
 
 
-def auxiliary_cells(record: Record, count: int) -> tuple[Any, ...]:
-    """A record's cells in the columns of auxiliary labels: before that of the text."""
-    return record.variables[-1 - count : -1]
+def auxiliary_cells(record: Record, training: TrainingArguments) -> tuple[Any, ...]:
+    """A record's cells in the columns of auxiliary labels: behind that of the question or conversation."""
+    first = 1 if training.objective == "vqa" else 0
+    return record.variables[first : first + len(set(training.auxiliary_column or ()))]
 
 
 def split_conversations(records: Sequence[Record], column: str, what: str) -> None:

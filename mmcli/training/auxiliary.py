@@ -81,16 +81,17 @@ class AuxiliaryHeads:
         self._rows, self._seen, self.total = list(pieces), [], 0.0
         self._counts = (torch.cat(self._rows) != UNKNOWN).sum(dim=0)
 
-    def loss(self) -> torch.Tensor:
-        """That of the next piece, which the encoder has read: its part of the batch's. Raises ModelError."""
-        rows, seen = self._rows.pop(0), self._seen
+    def loss(self) -> torch.Tensor | None:
+        """That of the next piece, once the encoder has read it: its part of the batch's. Raises ModelError.
+
+        None after a forward pass of something else: of another encoder, or without gradients (GradCache).
+        """
+        if not self._seen:
+            return None
+        rows, states = self._rows.pop(0), torch.cat(self._seen)
         self._seen = []
-        if (count := sum(map(len, seen))) != len(rows):
-            raise ModelError(
-                f"--auxiliary-column: the encoder read {count} inputs of {len(rows)} rows; it is for encoders that "
-                "learn, and read one in each"
-            )
-        states = torch.cat(seen)
+        if len(states) != len(rows):
+            raise self._unequal(len(states), len(rows))
         losses = [
             nn.functional.cross_entropy(head(states).float(), own, ignore_index=UNKNOWN, reduction="sum") / count
             for head, own, count in zip(self._heads, rows.T.to(states.device), self._counts.tolist(), strict=True)
@@ -99,6 +100,18 @@ class AuxiliaryHeads:
         found = self._labels.weight * (torch.stack(losses).sum() if losses else states.sum() * 0)
         self.total += float(found.detach())
         return found
+
+    def end(self) -> None:
+        """Of a batch. Raises ModelError where the encoder did not read, or did not learn from, all pieces."""
+        if self._rows:
+            raise self._unequal(0, len(self._rows[0]))
+
+    @staticmethod
+    def _unequal(inputs: int, rows: int) -> ModelError:
+        return ModelError(
+            f"--auxiliary-column: the encoder read {inputs} inputs of {rows} rows; it is for encoders that "
+            "learn, and read one in each"
+        )
 
     def _see(self, tower: nn.Module, given: Any, output: Any) -> None:
         if not tower.training or not torch.is_grad_enabled():

@@ -52,11 +52,16 @@ class Side:
 
 @dataclass(slots=True)
 class Piece:
-    """Rows, of both sides. `groups`: int64 [n], the same for rows that belong together."""
+    """Rows, of both sides.
+
+    groups     int64 [n], the same for rows that belong together
+    auxiliary  int64 [n, columns]: the auxiliary labels
+    """
 
     a: Side
     b: Side
     groups: torch.Tensor
+    auxiliary: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -199,7 +204,13 @@ class Contrastive:
 
     def _piece(self, items: Sequence[Item]) -> Piece:
         sides = [self._side([item.samples[index] for item in items], index) for index in range(2)]
-        return Piece(sides[0], sides[1], torch.tensor([item.target for item in items]))
+        groups = torch.tensor([item.target for item in items])
+        return Piece(sides[0], sides[1], groups, torch.tensor([item.auxiliary for item in items]))
+
+    def auxiliary(self, piece: Piece) -> torch.Tensor:
+        """The labels of a piece's rows, int64 [n, columns], as the encoder of what is seen or heard gets them."""
+        side = piece.b if piece.a.modality == "text" else piece.a
+        return piece.auxiliary[torch.cat([rows for _, rows in side.parts])]
 
     def _side(self, samples: Sequence[Sample], index: int) -> Side:
         if self._host is None:

@@ -107,7 +107,7 @@ class Pace:
 class Trainer:
     """One run, in its folder, of one process or several: then all of them call `train`.
 
-    auxiliary  what the encoder learns to tell beside the objective, which is a `Write` then
+    auxiliary  what the encoder learns to tell beside the objective, a `Write` or a `Contrastive` with whole batches
     """
 
     run: Path
@@ -290,6 +290,8 @@ class Trainer:
             loss = 0.0
             if pieces or objective.joint:
                 loss = objective.step(model, pieces, float(total), self._backward)
+            if self._heads is not None:
+                self._heads.end()
             if self.devices.sharded:
                 for _ in range(len(pieces), int(max(there for _, there in counts))):
                     objective.step(model, [[self._spare]], math.inf, self._backward)
@@ -317,8 +319,8 @@ class Trainer:
         return norm
 
     def _backward(self, loss: torch.Tensor) -> None:
-        if self._heads is not None:
-            loss = loss + self._heads.loss()
+        if self._heads is not None and (beside := self._heads.loss()) is not None:
+            loss = loss + beside
         if self.devices.world > 1 and not self.objective.joint:
             # The sum over processes, of which the mean is taken.
             loss = loss * self.devices.world

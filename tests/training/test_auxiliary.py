@@ -12,20 +12,25 @@ import numpy as np
 import pytest
 import tiny_captioners
 import tiny_chats
+import tiny_dual
 import tiny_speech
 import tiny_vqa
 import torch
 from PIL import Image
 from safetensors import safe_open
+from test_contrastive import pair_rows
 from training_runs import sound_rows, still, trainer_of
 
 from mmcli.cli.boundary import run as mmcli
+from mmcli.cli.contrastive import measure_retrieval
 from mmcli.cli.writing import measure_texts
 from mmcli.core.errors import ExitCode, Stopped
 from mmcli.core.records import Media
 from mmcli.models.options import Generation, ModelOptions
-from mmcli.models.resolve import resolve_writer
+from mmcli.models.resolve import resolve, resolve_writer
+from mmcli.models.runner import Collator
 from mmcli.training.auxiliary import UNKNOWN, AuxiliaryHeads, AuxiliaryLabels
+from mmcli.training.contrastive import CheckpointNetwork, Contrastive
 from mmcli.training.data import Row, Rows, load
 from mmcli.training.options import TrainOptions
 from mmcli.training.towers import towers
@@ -154,6 +159,51 @@ def test_a_stopped_run_ends_with_the_same_weights_and_without_heads(tmp_path: Pa
         assert not [name for name in weights.keys() if "auxiliary" in name]  # noqa: SIM118
 
 
+def test_pairs_have_the_gradients_of_both_losses(tmp_path: Path) -> None:
+    """Contrastive: that of the pairs, and that of each picture's labels by hand."""
+    rows = pair_rows(tmp_path / "rows", 6)
+    for number, row in enumerate(rows):
+        row.auxiliary = (number % 2, UNKNOWN if number == 3 else number % 3)
+    base = still(tiny_dual.clip(tmp_path / "clip"))
+    plan: Any = resolve(ModelOptions(str(base), device="cpu"))
+
+    def learned(beside: bool) -> tuple[Any, Any]:
+        objective = Contrastive(CheckpointNetwork(plan), ("image", "text"), measure_retrieval)
+        model = objective.build(torch.device("cpu")).train()
+        torch.manual_seed(1)
+        heads = AuxiliaryHeads(model, labels("image"))
+        data = Rows(rows, objective.plan, 0)
+        ((piece,),) = load(data, [[(0, n) for n in range(6)]], lambda items: objective.collate(items, 1), 0)  # type: ignore[arg-type]
+        heads.begin([objective.auxiliary(piece)])
+
+        def backward(loss: torch.Tensor) -> None:
+            told = heads.loss()
+            assert told is not None
+            (loss + told if beside else loss).backward()
+
+        objective.step(model, [piece], 6, backward)
+        heads.end()
+        return model, piece
+
+    both, piece = learned(True)
+    by_hand, _ = learned(False)
+    of_pairs = {key: p.grad.clone() for key, p in by_hand.named_parameters() if p.grad is not None}
+    ((_, tower),) = towers(by_hand, "image")
+    ((batch, numbers),) = piece.a.parts
+    pixels = Collator(plan, torch.device("cpu")).to_device(batch)["pixel_values"]
+    states = tower(pixel_values=pixels).last_hidden_state.mean(dim=1)
+    for column, head in enumerate(by_hand.get_submodule("auxiliary_heads")):
+        wanted = torch.tensor([rows[n].auxiliary[column] for n in numbers])
+        loss = torch.nn.functional.cross_entropy(head(states), wanted, ignore_index=UNKNOWN)
+        (0.5 * loss).backward(retain_graph=True)
+    for (key, p), (_, q) in zip(both.named_parameters(), by_hand.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        if key.startswith("text_model"):
+            torch.testing.assert_close(p.grad, of_pairs[key], rtol=1e-4, atol=1e-6)
+    first = "vision_model.embeddings.patch_embedding.weight"
+    assert not torch.allclose(both.get_parameter(first).grad, of_pairs[first], rtol=1e-2)
+
+
 @pytest.mark.slow
 def test_a_picture_teaches_its_encoder_what_no_text_says(tmp_path: Path, sample_data: Path) -> None:
     """All captions are alike: only the heads have anything to learn from, and their loss falls."""
@@ -188,7 +238,11 @@ def test_mistakes(tmp_path: Path, sample_data: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr().err
 
     caption = ("--objective", "caption")
-    assert "is for --objective caption and vqa, not classify" in said("--auxiliary-column", "label")
+    assert "is for --objective contrastive, caption and vqa, not classify" in said("--auxiliary-column", "label")
+    pairs = ("--objective", "contrastive", "--text-column", "caption", "--image-column", "image")
+    assert "--gradient-accumulation-steps 1, no more" in said(
+        *pairs, "--auxiliary-column", "label", "--gradient-accumulation-steps", 2
+    )
     assert "--auxiliary-column caption is --target-column, too" in said(*caption, "--auxiliary-column", "caption")
     assert "--auxiliary-column nothing" in said(*caption, "--auxiliary-column", "nothing")
     assert "differences alone" in said(*caption, "--auxiliary-column", "label", "--lora-rank", 2)
