@@ -35,7 +35,15 @@ from mmcli.cli.options import (
     SpeechArguments,
 )
 from mmcli.cli.parse import Problems
-from mmcli.cli.run import announce, auto_batch_size, list_inputs, open_decoder, open_nursery, window_of
+from mmcli.cli.run import (
+    announce,
+    auto_batch_size,
+    concurrency_of,
+    list_inputs,
+    open_decoder,
+    open_nursery,
+    window_of,
+)
 from mmcli.cli.signals import Signals
 from mmcli.core.errors import ConfigError, ExitCode
 from mmcli.core.protocols import ModelPlan, Runner, Snapshot
@@ -252,7 +260,13 @@ class _Bench:
         from mmcli.engines.ceilings import measure_model
 
         self.messages.note(f"the model alone: {_extent(bounds)}, {batch_size} at once")
-        return measure_model(runner, decoding.kept, batch_size, window, bounds.seconds)
+        several = getattr(runner, "concurrent", None)
+        together: Any = runner if several is None else several(concurrency_of(bounds.rows, batch_size))
+        try:
+            return measure_model(together, decoding.kept, batch_size, window, bounds.seconds)
+        finally:
+            if together is not runner:
+                together.close()
 
     def _whole(
         self, prepared: Prepared, runner: Runner, bounds: Bounds, ceilings: Ceilings, window: int

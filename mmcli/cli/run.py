@@ -30,6 +30,8 @@ AUTO_BATCH_CPU, AUTO_BATCH_GPU = 32, 256
 # and 15 rows/s on two cores (BLIP of 6 layers of 384). Not chat models: tiles and long caches take memory.
 AUTO_BATCH_CPU_CAPTIONS = 64
 MAX_AUTO_WORKERS = 32
+# Batches at once, each of which needs memory; and how many each thread is to have.
+MAX_CONCURRENCY, BATCHES_EACH = 4, 4
 
 
 def execute(arguments: Arguments, planner: Planner) -> int:
@@ -172,6 +174,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     options = LocalOptions(
         batch_size=batch_size,
         window=window_of(batch_size, snapshot, prepared),
+        concurrency=concurrency_of(snapshot.rows, batch_size, target.output.immediate),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
         parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),
@@ -219,6 +222,16 @@ def auto_batch_size(prepared: Prepared) -> int:
         return AUTO_BATCH_GPU
     captions = getattr(prepared.planned.plan, "family", None) == "captioner"
     return AUTO_BATCH_CPU_CAPTIONS if captions else AUTO_BATCH_CPU
+
+
+def concurrency_of(rows: int | None, batch_size: int, immediate: bool = False) -> int:
+    """Batches that a model on a CPU may compute at once.
+
+    One where a row is waited for, or where the last batches, with a part of the cores each, would be most of the
+    run. By all rows of the inputs and not by those that are left: the same in a run that goes on.
+    """
+    few = rows is not None and rows < BATCHES_EACH * MAX_CONCURRENCY * batch_size
+    return 1 if immediate or few else MAX_CONCURRENCY
 
 
 def window_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:

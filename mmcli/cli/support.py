@@ -279,7 +279,7 @@ def embedded(
     kept, stop = _Collected(), StopFlag()
     work = Work(source, decoder, base, Embed(size), kept, report, stop, want_signatures=False)
     with signals.asking(stop.request):
-        run(work, LocalOptions(how.batch_size, how.batch_size * 8, how.time_limit_s))
+        run(work, LocalOptions(how.batch_size, how.batch_size * 8, time_limit_s=how.time_limit_s))
     return kept.vectors(size), kept.failed
 
 

@@ -153,6 +153,9 @@ class Runner(Protocol):
     """A loaded model on a device.
 
     `collate` runs in a thread of its own, one or two batches ahead of `forward`; two calls never overlap.
+
+    One that may compute several batches at once has a method `concurrent(most: int) -> Runner`: itself, or one that
+    does, with `concurrency`, how many, and `close()`, which ends its threads.
     """
 
     def collate(self, samples: Sequence[Sample]) -> Any:

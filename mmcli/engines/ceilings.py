@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,12 +237,11 @@ def _computed(forward: Forward, formed: Sequence[list[Sample]], seconds: float, 
 
 
 def _compute(forward: Forward, ready: Sequence[Collated]) -> None:
-    """As the engine does: the next batch is started before the last one is waited for."""
-    in_work: Launched | None = None
+    """As the engine does: the next batch is started before one is waited for."""
+    in_work: deque[Launched] = deque()
     for collated in ready:
-        launched = forward.launch(collated)
-        if in_work is not None:
-            forward.finish(in_work)
-        in_work = launched
-    if in_work is not None:
-        forward.finish(in_work)
+        in_work.append(forward.launch(collated))
+        if len(in_work) > forward.concurrency:
+            forward.finish(in_work.popleft())
+    for launched in in_work:
+        forward.finish(launched)

@@ -56,6 +56,7 @@ class Forward:
     longest first. `collate` may be called from another thread; everything else belongs to one thread.
 
     known_to_work  an earlier run has finished rows with this model
+    concurrency    how many batches the runner computes at once
     failures       inputs that have failed since the model last worked: until it works again, or `settle` returns,
                    it is not known whether they or the model are at fault
     """
@@ -68,6 +69,7 @@ class Forward:
         self._good: Sample | None = None
         self._last: RowError | None = None
         self._moved_s = getattr(runner, "transfer_s", 0.0)
+        self.concurrency: int = getattr(runner, "concurrency", 1)
         self.failures = 0
 
     def max_cost(self, longest: Sample) -> int:

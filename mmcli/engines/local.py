@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,11 +94,13 @@ class LocalOptions:
 
     batch_size    samples per forward pass
     window        rows that are batched together (see engines.batching.window_rows)
+    concurrency   batches that a model may compute at once, where it can (see mmcli.core.protocols.Runner)
     time_limit_s  stop, commit and raise TryAgain after this long
     """
 
     batch_size: int
     window: int
+    concurrency: int = 1
     time_limit_s: float | None = None
     budget: ErrorBudget = field(default_factory=ErrorBudget)
     parts: PartLimits = field(default_factory=PartLimits)
@@ -161,7 +164,7 @@ class _Run:
         self.first = work.start_row - work.start_row % options.window
         # Two windows, so that one fills while the other is in the model; what waits in between; and enough to
         # keep the decode workers busy.
-        ahead = 2 * options.window + (READY_BATCHES + 2) * options.batch_size
+        ahead = 2 * options.window + (READY_BATCHES + 1 + options.concurrency) * options.batch_size
         reuse = Reuse(work.previous, work.task, work.source.slots) if work.previous is not None else None
         self.intake = Intake(
             work.source,
@@ -174,6 +177,7 @@ class _Run:
             live=work.output.immediate,
         )
         self.ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(READY_BATCHES)
+        self.runner: Runner | None = None
         self.held: list[Window] = []
         self.ended = False
         self.closing = threading.Event()
@@ -187,7 +191,8 @@ class _Run:
         try:
             with report.timed("load"):
                 known_to_work = work.start_row > 0 or work.previous is not None
-                forward = Forward(self._load(), report, self.options.batch_size, known_to_work)
+                self.runner = self._load()
+                forward = Forward(self.runner, report, self.options.batch_size, known_to_work)
             layout = Layout.of(work.task, work.source)
             writer = PartWriter(work.output, layout, self.options.parts, report, work.start_row)
             threading.Thread(target=self._collate, args=(forward,), name="mmcli-collate", daemon=True).start()
@@ -197,6 +202,8 @@ class _Run:
             if writer is not None:
                 writer.close()
             self.intake.close()
+            if (close := getattr(self.runner, "close", None)) is not None:
+                close()
             report.end()
         self.options.budget.check(report)
 
@@ -210,7 +217,8 @@ class _Run:
             raise
         self._check_stop()
         self.report.device = device_of(runner)
-        return runner
+        several = getattr(runner, "concurrent", None)
+        return runner if several is None or self.options.concurrency == 1 else several(self.options.concurrency)
 
     # -- collate thread ------------------------------------------------------------------------------------
 
@@ -265,32 +273,45 @@ class _Run:
     # -- main thread ---------------------------------------------------------------------------------------
 
     def _compute(self, forward: Forward, writer: PartWriter) -> None:
-        """Where the device computes while the host goes on, the next batch is started before one is waited for."""
-        in_work: tuple[_Ready, Launched] | None = None
+        """Where a batch is computed while the host goes on, the next one is started before it is waited for."""
+        in_work: deque[tuple[_Ready, Launched]] = deque()
+
+        def finish_first() -> None:
+            ready, launched = in_work.popleft()
+            with self.report.timed("forward"):
+                while not _done(launched, POLL_S):
+                    self._check_stop()
+            self._complete(ready, forward.finish(launched), forward, writer)
+
         while not self.ended:
-            ready = self._next(None if in_work is None else in_work[1])
+            first = in_work[0][1] if in_work else None
+            ready = self._next(first, len(in_work) >= forward.concurrency)
             launched = None if ready is None or ready.collated is None else forward.launch(ready.collated)
-            if in_work is not None:
-                with self.report.timed("forward"):
-                    while not _done(in_work[1], POLL_S):
-                        self._check_stop()
-                self._complete(in_work[0], forward.finish(in_work[1]), forward, writer)
-                in_work = None
-            if ready is not None and launched is not None and launched.pending:
-                in_work = ready, launched
-            elif ready is not None:
-                outputs = forward.finish(launched) if launched is not None else []
-                self._complete(ready, outputs, forward, writer)
+            if in_work and (ready is None or len(in_work) >= forward.concurrency):
+                finish_first()
+            if ready is None:
+                continue
+            if launched is not None and launched.pending:
+                in_work.append((ready, launched))
+                continue
+            while in_work:
+                finish_first()
+            self._complete(ready, [] if launched is None else forward.finish(launched), forward, writer)
+        while in_work:
+            finish_first()
         forward.settle(at_end=True)
         self._release_held(writer)
 
-    def _next(self, in_work: Launched | None) -> _Ready | None:
-        """The next batch; None when what is in work is done before, or there are no more (`ended`)."""
+    def _next(self, first: Launched | None, busy: bool) -> _Ready | None:
+        """The next batch; None when the first one in work is done before, or there are no more (`ended`).
+
+        busy  the model has as much to do as it can
+        """
         start = time.perf_counter()
         try:
             while True:
                 self._check_stop()
-                done = in_work is not None and _done(in_work, 0)
+                done = first is not None and _done(first, 0)
                 try:
                     item = self.ready.get_nowait() if done else self.ready.get(timeout=POLL_S)
                 except queue.Empty:
@@ -302,7 +323,7 @@ class _Run:
                 self.ended = item is None
                 return item
         finally:
-            self.report.add("wait" if in_work is None else "forward", time.perf_counter() - start)
+            self.report.add("forward" if busy else "wait", time.perf_counter() - start)
 
     def _complete(self, ready: _Ready, outputs: Sequence[Any], forward: Forward, writer: PartWriter) -> None:
         window = ready.window

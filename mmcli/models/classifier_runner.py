@@ -11,6 +11,7 @@ import torch
 from mmcli.core.errors import ModelError
 from mmcli.core.records import Classified, Modality
 from mmcli.models.classifier import ClassifierHead
+from mmcli.models.concurrent import concurrent
 from mmcli.models.encoder import CHANNELS_LAST, TRAINING_ONLY
 from mmcli.models.entailment import Pairs
 from mmcli.models.plan import ClassificationPlan
@@ -27,6 +28,10 @@ class _HeadRunner(TorchRunner):
         self._towers: dict[Modality, Tower] = self.loaded
         if plan.compile:
             self._towers = {m: torch.compile(tower) for m, tower in self._towers.items()}
+
+    def concurrent(self, most: int) -> Any:
+        """See mmcli.core.protocols.Runner."""
+        return concurrent(self, self._plan, most)
 
     def logits(self, batch: Batch, width: int) -> torch.Tensor:
         """Batch -> float32 [n, width]. Raises torch.OutOfMemoryError, ModelError for another width."""

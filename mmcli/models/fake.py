@@ -5,6 +5,7 @@ For trying out a pipeline, and for tests of everything around a model. Its optio
     oom=N   more than N samples in a batch run out of memory
     ms=T    a batch takes T milliseconds
     load=T  loading takes T milliseconds
+    both=N  N batches are computed at once
     process=T  the processor takes T milliseconds for an input
     obey    texts `abort`, `segfault`, `exit`, `hang`, `raise` do that to the decoder; `nan` gives NaN,
             `fail` makes the model raise; `empty` gives a caption without text
@@ -57,6 +58,7 @@ class FakePlan:
     oom: int | None = None
     ms: float = 0.0
     load_ms: float = 0.0
+    both: int = 1
     process_ms: float = 0.0
     obey: bool = False
     modalities: frozenset[Modality] = frozenset(MODALITIES)
@@ -174,6 +176,13 @@ class FakeRunner:
 
         return Similarity(20.0)
 
+    def concurrent(self, most: int, runner: Any = None) -> Runner:
+        """See mmcli.models.runner.EmbeddingRunner: as many as it is told."""
+        from mmcli.models.concurrent import ConcurrentRunner
+
+        count, made = min(most, self._plan.both), runner or self
+        return made if count < 2 else ConcurrentRunner(made, count)
+
     def vectors(self, batch: np.ndarray) -> torch.Tensor:
         """As `forward`."""
         import torch
@@ -272,12 +281,16 @@ def resolve_fake(options: ModelOptions) -> FakePlan:
             plan = replace(plan, oom=int(value))
         elif name == "ms" and value.isascii() and value.isdigit():
             plan = replace(plan, ms=float(value))
+        elif name == "both" and value.isascii() and value.isdigit() and int(value):
+            plan = replace(plan, both=int(value))
         elif name == "load" and value.isascii() and value.isdigit():
             plan = replace(plan, load_ms=float(value))
         elif name == "process" and value.isascii() and value.isdigit():
             plan = replace(plan, process_ms=float(value))
         else:
-            raise ConfigError(f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, load=T, process=T, obey")
+            raise ConfigError(
+                f"-m {options.model}: {setting!r} is not one of oom=N, ms=T, load=T, both=N, process=T, obey"
+            )
     return plan
 
 

@@ -13,6 +13,7 @@ import torch
 
 from mmcli.core.errors import MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
+from mmcli.models.concurrent import concurrent
 from mmcli.models.device import choose_device, keep_freed_memory
 from mmcli.models.head import Similarity
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
@@ -168,6 +169,10 @@ class EmbeddingRunner(TorchRunner):
         if self._means:
             vectors = torch.nn.functional.normalize(vectors - self._means[batch.modality], dim=-1)
         return PendingVectors(vectors) if self.device.type == "cuda" else vectors.cpu().numpy()
+
+    def concurrent(self, most: int, runner: Any = None) -> Any:
+        """See mmcli.core.protocols.Runner; of a `runner` that calls this one, where one is given."""
+        return concurrent(runner or self, self._plan, most)
 
     def vectors(self, batch: Batch) -> torch.Tensor:
         """Batch -> float32 [n, D] on the device, not normalised. Raises as `forward`."""

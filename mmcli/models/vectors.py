@@ -134,6 +134,11 @@ class VectorRunner:
         vectors = zero_shot.label_vectors(features.cpu(), owners.cpu(), len(prompts)).to(self.device)
         self._head = zero_shot.zero_shot_head(self._plan.labels, vectors, self._base.similarity)
 
+    def concurrent(self, most: int) -> Any:
+        """See mmcli.core.protocols.Runner; as the base does it."""
+        several = getattr(self._base, "concurrent", None)
+        return self if several is None else several(most, self)
+
     def collate(self, samples: Sequence[Sample]) -> Any:
         """As the base does; vectors are stacked."""
         if VECTOR not in samples[0].arrays:

@@ -132,6 +132,8 @@ def run_engine(
         LocalOptions(
             batch_size=batch_size,
             window=window or window_rows(batch_size, lengths_vary=True),
+            # As many as the model says.
+            concurrency=9,
             parts=parts or PartLimits(),
             **options,
         ),

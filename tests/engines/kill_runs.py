@@ -66,8 +66,10 @@ class Trial:
         self.folder, self.name = folder, name
         self.rng = random.Random(seed)
         folder.mkdir()
+        # In every second trial batches are computed beside one another.
+        model = f"fake:8,ms=10,both={1 + 2 * (seed % 2)}"
         self.command = [
-            *[sys.executable, "-m", "mmcli", *task, "texts.jsonl", "media", "-m", "fake:8,ms=10"],
+            *[sys.executable, "-m", "mmcli", *task, "texts.jsonl", "media", "-m", model],
             *["-o", str(folder / name), "--batch-size", "8", "--part-rows", str(self.rng.choice([9, 23, 50]))],
             *["--num-workers", str(workers)],
         ]

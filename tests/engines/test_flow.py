@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -25,7 +26,16 @@ from engine_runs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, MmcliError, OutputError, RowError, Stopped, TryAgain
+from mmcli.core.errors import (
+    ErrorBudgetExceeded,
+    ExitCode,
+    MmcliError,
+    ModelError,
+    OutputError,
+    RowError,
+    Stopped,
+    TryAgain,
+)
 from mmcli.core.records import Record, Sample
 from mmcli.core.report import Report
 from mmcli.engines.ceilings import RepeatedSource, measure_decoding
@@ -444,3 +454,69 @@ def test_a_few_inputs_again_and_again_are_decoded_in_blocks_as_large_as_those_of
     assert sum(sizes) == 2000
     # Small ones until the first have come, and the last.
     assert sizes.count(BLOCK_ROWS) * BLOCK_ROWS > 1500
+
+
+# -- batches beside one another --------------------------------------------------------------------------------
+
+
+def test_batches_are_computed_beside_one_another_and_come_out_in_order():
+    """Each waits for another one, and the first of all for the longest."""
+    together, begun = threading.Barrier(2), itertools.count()
+
+    class Runner(FakeRunner):
+        def forward(self, batch):
+            first = next(begun) == 0
+            together.wait(30)
+            time.sleep(0.2 if first else 0)
+            return super().forward(batch)
+
+    class Model(FakePlan):
+        def load(self):
+            return Runner(self)
+
+    model, output, records = Model(D, plan().decode, both=2), Collected(), texts(64)
+    report = run_engine(ListSource(records), output, model, batch_size=4, window=8)
+    assert output.rows() == expected(records)
+    assert report.batches == 16
+
+
+@pytest.mark.parametrize("both", [1, 3])
+def test_a_stop_does_not_wait_for_batches_that_have_not_begun(both):
+    done = []
+
+    class Runner(FakeRunner):
+        def forward(self, batch):
+            time.sleep(0.3)
+            done.append(len(batch))
+            return super().forward(batch)
+
+    class Model(FakePlan):
+        def load(self):
+            return Runner(self)
+
+    stop, model = StopFlag(), Model(D, plan().decode, both=both)
+    threading.Timer(0.1, stop.request, [ExitCode.INTERRUPTED]).start()
+    with pytest.raises(Stopped):
+        run_engine(ListSource(texts(400)), Collected(), model, batch_size=4, window=8, stop=stop)
+    assert len(done) <= both
+
+
+def test_a_model_that_stops_working_beside_others_ends_the_run():
+    records, done = texts(200), []
+
+    class Runner(FakeRunner):
+        def forward(self, batch):
+            if len(done) > 8:
+                raise RuntimeError("CUDA error")
+            done.append(1)
+            return super().forward(batch)
+
+    class Model(FakePlan):
+        def load(self):
+            return Runner(self)
+
+    output = Collected()
+    with pytest.raises(ModelError, match="stopped working"):
+        run_engine(ListSource(records), output, Model(D, plan().decode, both=3), batch_size=4, window=8)
+    assert 0 < output.committed < 200
+    assert output.rows() == expected(records[: output.committed])

@@ -57,20 +57,21 @@ SHAPES = {
     "window": st.integers(1, 40),
     "part_rows": st.integers(1, 50),
     "oom": st.none() | st.integers(1, 6),
+    "both": st.integers(1, 3),
 }
 
 
 @given(inputs=record_lists(), **SHAPES)
 @settings(max_examples=150, deadline=None)
-def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom):
+def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom, both):
     slots, records = inputs
     output = Collected()
     arguments = {"batch_size": batch_size, "window": window, "parts": PartLimits(rows=part_rows)}
     if broken_for_all(records):
         with pytest.raises(ModelError, match=r"failed on all its inputs: .* told to fail"):
-            run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom), **arguments)
+            run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom, both=both), **arguments)
         return
-    report = run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom), **arguments)
+    report = run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom, both=both), **arguments)
     assert output.rows() == expected_rows(slots, records)
     assert [t.column("number").to_pylist() for t in output.tables] == [
         list(range(i, min(i + part_rows, len(records)))) for i in range(0, len(records), part_rows)
@@ -81,13 +82,15 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom
 
 @given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
 @settings(max_examples=12, deadline=None)
-def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, window, part_rows, oom):
+def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, window, part_rows, oom, both):
     slots, records = inputs
     records.append(text_record(len(records), *["always one that works"] * slots))
     output = Collected()
     parts = PartLimits(rows=part_rows)
     source = ListSource(records, SLOTS[slots])
-    run_engine(source, output, plan(oom=oom), workers=workers, batch_size=batch_size, window=window, parts=parts)
+    run_engine(
+        source, output, plan(oom=oom, both=both), workers=workers, batch_size=batch_size, window=window, parts=parts
+    )
     assert output.rows() == expected_rows(slots, records)
 
 
@@ -104,7 +107,8 @@ def test_a_run_that_is_broken_off_at_any_commit_goes_on_where_it_was(inputs, kil
         parts = PartLimits(rows=data.draw(SHAPES["part_rows"]))
         before = output.committed
         try:
-            report = run_engine(ListSource(records, SLOTS[slots]), output, parts=parts, **shape)
+            model = plan(both=data.draw(SHAPES["both"]))
+            report = run_engine(ListSource(records, SLOTS[slots]), output, model, parts=parts, **shape)
         except OSError:
             assert kill is not None
             assert output.committed >= before

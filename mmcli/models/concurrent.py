@@ -1,0 +1,106 @@
+"""Several batches at once on the cores of a CPU, each with a share of them.
+
+The threads of one forward pass wait for one another at each of its layers, which are short where inputs are small.
+Batches beside one another wait for nobody. On two cores, two batches with a thread each beside one with both, four
+rounds in turn: MiniLM on texts of mixed length 1.35 times as fast, in bfloat16 1.5; Wav2Vec2 1.14; MobileNetV2 1.2;
+ViT-B/32 1.05, in bfloat16 1.16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+from mmcli.core.protocols import Runner
+from mmcli.core.records import Sample
+from mmcli.models.plan import CheckpointPlan
+
+# model_type of config.json: their forward pass leaves nothing behind in the model that another one could read. That
+# of others does: BigBird goes over to full attention for a short text, Wav2Vec2-Conformer keeps the last positions.
+STATELESS = frozenset({
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "mpnet", "roberta",
+    "xlm-roberta",
+    "beit", "clip_vision_model", "convnext", "convnextv2", "deit", "dinov2", "dinov2_with_registers",
+    "dinov3_convnext", "efficientnet", "mobilenet_v1", "mobilenet_v2", "regnet", "resnet", "siglip_vision_model",
+    "swin", "swinv2", "vit",
+    "audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm",
+    "timesformer", "videomae", "vivit",
+    "align", "chinese_clip", "clap", "clip", "metaclip_2", "siglip", "siglip2", "xclip",
+})  # fmt: skip
+
+
+class PendingOutputs:
+    """See mmcli.core.protocols.Pending."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    def wait(self, timeout: float) -> bool:
+        """Whether they are there, or have failed, within so many seconds."""
+        try:
+            self._future.exception(timeout)
+        except NotYet:
+            return False
+        return True
+
+    def result(self) -> Any:
+        """The outputs, or what `Runner.forward` raised."""
+        if (error := self._future.exception()) is not None:
+            # Its traceback would keep the batch's tensors alive.
+            raise error.with_traceback(None)
+        return self._future.result()
+
+
+class ConcurrentRunner:
+    """See mmcli.core.protocols.Runner: the batches of another one, `concurrency` at once.
+
+    threads  of the forward pass of each
+    """
+
+    def __init__(self, runner: Runner, concurrency: int, threads: int | None = None) -> None:
+        self.concurrency, self.threads = concurrency, threads
+        self._runner: Any = runner
+        self._pool = ThreadPoolExecutor(concurrency, "mmcli-forward", _begin, (threads,))
+
+    @property
+    def device(self) -> Any:
+        return self._runner.device
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds of the threads, of which there are several at once."""
+        return float(getattr(self._runner, "transfer_s", 0.0)) / self.concurrency
+
+    def collate(self, samples: Sequence[Sample]) -> Any:
+        """As the runner does."""
+        return self._runner.collate(samples)
+
+    def forward(self, batch: Any) -> PendingOutputs:
+        """Begun as soon as a thread is free."""
+        return PendingOutputs(self._pool.submit(self._runner.forward, batch))
+
+    def close(self) -> None:
+        """Wait for batches that are begun; those that are not never will be."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def concurrent(runner: Any, plan: CheckpointPlan, most: int) -> Any:
+    """The runner of a plan's model with at most `most` batches at once, if that can be; else as it is."""
+    import torch
+
+    checkpoint, cores = plan.checkpoint, torch.get_num_threads()
+    known = checkpoint.config.model_type in STATELESS and not checkpoint.trust_remote_code
+    count = min(most, cores)
+    if count < 2 or not known or plan.compile or runner.device.type != "cpu":
+        return runner
+    return ConcurrentRunner(runner, count, cores // count)
+
+
+def _begin(threads: int | None) -> None:
+    """Of a thread, whose OpenMP has a number of its own. None: its forward passes have nothing to do with torch."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
