@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ def read_labels(asked: LabelArguments, problems: Problems) -> Classification | N
     elif asked.labels is not None:
         labels = problems.collect(_named_labels, "--labels", asked.labels.split(",")) or ()
     one = len(labels) == 1 or (kept is not None and len(kept[0].labels) == 1)
-    if one and not asked.multi_label:
+    if asked.labels is not None and os.path.isfile(asked.labels):
+        problems.add(f"--labels {asked.labels} is a file; for the labels in it: --labels-file {asked.labels}")
+    elif one and not asked.multi_label:
         problems.add(f"{_flag(asked)}: with one label every input has it; give two or more, or add --multi-label")
     templates = problems.collect(_templates, asked)
     if templates and kept is not None:

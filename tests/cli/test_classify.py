@@ -512,6 +512,7 @@ IMAGES, CLIP, VQA = "sample_data/images", "sample_data/models/clip", "sample_dat
         (["-m", CLIP], ["-m sample_data/models/clip: it has no labels of its own; add --labels cat,dog"]),
         (["-m", CLIP, "--labels", ""], ["--labels: there is no label in it"]),
         (["-m", CLIP, "--labels", "cat"], ["--labels: with one label every input has it"]),
+        (["-m", CLIP, "--labels", "README.md"], ["is a file; for the labels in it: --labels-file README.md"]),
         (["-m", CLIP, "--labels", "cat,dog,cat"], ["--labels: 'cat' is there twice"]),
         (["-m", CLIP, "--labels", "a,b", "--labels-file", "x"], ["--labels and --labels-file exclude"]),
         (["-m", CLIP, "--labels-file", "none.txt"], ["--labels-file: cannot read none.txt: No such file"]),
