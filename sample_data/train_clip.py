@@ -173,7 +173,7 @@ def rows(scenes: int, split: str, seed: int) -> Iterator[tuple[Image.Image, dict
     for _ in range(scenes):
         scene = world.random_scene(rng, split)
         caption = varied_caption(scene, rng) if split == "train" else world.caption(scene)
-        yield world.render(scene), {"caption": caption}
+        yield world.render(scene), {"caption": caption, **training.facts_of(scene)}
 
 
 def write(folder: Path, scenes: int, seed: int) -> None:
