@@ -111,7 +111,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """The parsed options of a run."""
+    """The parsed options of a run.
+
+    concurrency  batches at once, of `mmcli bench`; None: as the number of rows is
+    """
 
     seed: int
     part_rows: int
@@ -121,6 +124,7 @@ class RunLimits:
     timeout_s: float
     time_limit_s: float | None
     max_errors: tuple[int | None, float | None]
+    concurrency: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

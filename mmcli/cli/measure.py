@@ -189,9 +189,12 @@ class _Bench:
                 raise ConfigError("there is nothing to measure")
             batch_size = prepared.limits.batch_size or auto_batch_size(prepared)
             window = window_of(batch_size, snapshot, prepared)
+            # By the clock it is a part of a long job.
+            limits = replace(prepared.limits, concurrency=concurrency_of(bounds.rows, batch_size))
+            prepared = replace(prepared, limits=limits)
             decoding = self._decode(prepared, snapshot, bounds, window)
         runner = self._load(prepared)
-        model = self._forward(runner, decoding, batch_size, window, bounds)
+        model = self._forward(runner, decoding, batch_size, limits.concurrency or 1, window, bounds)
         greedy = device_of(runner) == "cpu" and decoding.report.num_workers >= report.cores
         ceilings = Ceilings(decoding.rate, model, report.cores, greedy)
         ran, whole = self._whole(prepared, runner, bounds, ceilings, window)
@@ -256,12 +259,14 @@ class _Bench:
         plan, ready = prepared.planned.plan, prepared.planned.ready
         return (plan if ready is None else ready(prepared)).load()
 
-    def _forward(self, runner: Runner, decoding: Decoding, batch_size: int, window: int, bounds: Bounds) -> Rate:
+    def _forward(
+        self, runner: Runner, decoding: Decoding, batch_size: int, concurrency: int, window: int, bounds: Bounds
+    ) -> Rate:
         from mmcli.engines.ceilings import measure_model
 
         self.messages.note(f"the model alone: {_extent(bounds)}, {batch_size} at once")
         several = getattr(runner, "concurrent", None)
-        together: Any = runner if several is None else several(concurrency_of(bounds.rows, batch_size))
+        together: Any = runner if several is None else several(concurrency)
         try:
             return measure_model(together, decoding.kept, batch_size, window, bounds.seconds)
         finally:

@@ -174,7 +174,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     options = LocalOptions(
         batch_size=batch_size,
         window=window_of(batch_size, snapshot, prepared),
-        concurrency=concurrency_of(snapshot.rows, batch_size, target.output.immediate),
+        concurrency=limits.concurrency or concurrency_of(snapshot.rows, batch_size, target.output.immediate),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
         parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),

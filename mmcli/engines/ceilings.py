@@ -209,8 +209,10 @@ def measure_model(runner: Runner, rows: Sequence[Arrived], batch_size: int, wind
     formed = [
         batch for start in range(0, len(rows), window) for batch in _batches(rows[start : start + window], forward)
     ]
-    warm = _computed(forward, formed, seconds * WARM_UP, group=1)
-    group = max(1, min(READY, int(warm.rows * seconds / max(warm.seconds, 1e-9) / max(1, len(formed[0])))))
+    several = forward.concurrency
+    warm = _computed(forward, formed, seconds * WARM_UP, group=several)
+    waves = int(warm.rows * seconds / max(warm.seconds, 1e-9) / max(1, len(formed[0]) * several))
+    group = several * max(1, min(READY // several, waves))
     found = _computed(forward, formed, seconds, group)
     samples_per_row = sum(map(len, formed)) / len(rows)
     return replace(found, rows=found.rows / samples_per_row)

@@ -66,6 +66,7 @@ class Forward:
         self._known_to_work = known_to_work
         self._limits: dict[Modality, int] = {}
         self._collating = threading.Lock()
+        self._pending: list[Launched] = []
         self._good: Sample | None = None
         self._last: RowError | None = None
         self._moved_s = getattr(runner, "transfer_s", 0.0)
@@ -98,7 +99,10 @@ class Forward:
             return Launched(samples)
         try:
             with self._timed():
-                return Launched(samples, self._runner.forward(batch))
+                launched = Launched(samples, self._runner.forward(batch))
+            if launched.pending:
+                self._pending.append(launched)
+            return launched
         except MmcliError:
             raise
         except Exception as error:  # noqa: BLE001 - as above
@@ -112,6 +116,7 @@ class Forward:
         Raises ModelError when the model gives another number of outputs, never worked, or stopped working.
         """
         samples, failure = launched.samples, launched.failure
+        self._pending = [other for other in self._pending if other is not launched]
         if failure is None and launched.outputs is None:
             return self._in_pieces(samples)
         if failure is None:
@@ -166,6 +171,8 @@ class Forward:
             self._report.oom_halvings += 1
             # A model may have left tensors in cycles.
             gc.collect()
+            if self._wait_for_others() and len(samples) == 1:
+                return self._again(samples)
         if len(samples) == 1:
             return [self._failed_alone(failure)]
         if failure.code == "oom":
@@ -174,6 +181,14 @@ class Forward:
             return self._in_pieces(samples)
         middle = len(samples) // 2
         return self._again(samples[:middle]) + self._again(samples[middle:])
+
+    def _wait_for_others(self) -> bool:
+        """Until no other batch needs memory; returns whether there were some."""
+        others, self._pending = self._pending, []
+        for launched in others:
+            while not getattr(launched.outputs, "wait", lambda _: True)(1.0):
+                pass
+        return bool(others)
 
     def _in_pieces(self, samples: Sequence[Sample]) -> list[Output]:
         outputs: list[Output] = []

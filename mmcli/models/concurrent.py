@@ -18,13 +18,14 @@ from mmcli.core.records import Sample
 from mmcli.models.plan import CheckpointPlan
 
 # model_type of config.json: their forward pass leaves nothing behind in the model that another one could read. That
-# of others does: BigBird goes over to full attention for a short text, Wav2Vec2-Conformer keeps the last positions.
+# of others does: BigBird goes over to full attention for a short text, Wav2Vec2-Conformer keeps the last positions,
+# Swin the window that it made smaller for a small picture.
 STATELESS = frozenset({
     "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "mpnet", "roberta",
     "xlm-roberta",
     "beit", "clip_vision_model", "convnext", "convnextv2", "deit", "dinov2", "dinov2_with_registers",
     "dinov3_convnext", "efficientnet", "mobilenet_v1", "mobilenet_v2", "regnet", "resnet", "siglip_vision_model",
-    "swin", "swinv2", "vit",
+    "swinv2", "vit",
     "audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm",
     "timesformer", "videomae", "vivit",
     "align", "chinese_clip", "clap", "clip", "metaclip_2", "siglip", "siglip2", "xclip",
@@ -68,11 +69,6 @@ class ConcurrentRunner:
     def device(self) -> Any:
         return self._runner.device
 
-    @property
-    def transfer_s(self) -> float:
-        """Seconds of the threads, of which there are several at once."""
-        return float(getattr(self._runner, "transfer_s", 0.0)) / self.concurrency
-
     def collate(self, samples: Sequence[Sample]) -> Any:
         """As the runner does."""
         return self._runner.collate(samples)
@@ -92,9 +88,11 @@ def concurrent(runner: Any, plan: CheckpointPlan, most: int) -> Any:
 
     checkpoint, cores = plan.checkpoint, torch.get_num_threads()
     known = checkpoint.config.model_type in STATELESS and not checkpoint.trust_remote_code
-    count = min(most, cores)
-    if count < 2 or not known or plan.compile or runner.device.type != "cpu":
+    usual = plan.attn_implementation in (None, "eager", "sdpa")
+    if min(most, cores) < 2 or not (known and usual) or plan.compile or runner.device.type != "cpu":
         return runner
+    # As many cores as can be, each batch with the same number.
+    count = max(range(2, min(most, cores) + 1), key=lambda n: (n * (cores // n), n))
     return ConcurrentRunner(runner, count, cores // count)
 
 

@@ -133,7 +133,7 @@ class AuxiliaryHeads:
 def _width(tower: Any) -> int:
     """Of the encoder's states. Raises ConfigError."""
     config = getattr(tower, "config", None)
-    found = [getattr(config, name, None) for name in ("hidden_size", "d_model")]
+    found = [getattr(config, name, None) for name in ("hidden_size", "d_model", "hidden_dim")]
     found.append((getattr(config, "hidden_sizes", None) or [None])[-1])
     width = next((one for one in found if isinstance(one, int)), None)
     if width is None:

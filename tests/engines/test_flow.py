@@ -520,3 +520,28 @@ def test_a_model_that_stops_working_beside_others_ends_the_run():
         run_engine(ListSource(records), output, Model(D, plan().decode, both=3), batch_size=4, window=8)
     assert 0 < output.committed < 200
     assert output.rows() == expected(records[: output.committed])
+
+
+@pytest.mark.parametrize("both", [1, 4])
+def test_batches_that_share_memory_cost_no_row(both):
+    """Memory for three inputs: two batches of two run out of it, and none alone."""
+    lock, taken = threading.Lock(), [0]
+
+    class Runner(FakeRunner):
+        def forward(self, batch):
+            with lock:
+                if taken[0] + len(batch) > 3:
+                    raise MemoryError
+                taken[0] += len(batch)
+            time.sleep(0.005)
+            with lock:
+                taken[0] -= len(batch)
+            return super().forward(batch)
+
+    class Model(FakePlan):
+        def load(self):
+            return Runner(self)
+
+    records, output = texts(64), Collected()
+    run_engine(ListSource(records), output, Model(D, plan().decode, both=both), batch_size=2, window=8)
+    assert output.rows() == expected(records)

@@ -153,11 +153,13 @@ def test_which_models_have_several(tiny: Callable[[str], Path], monkeypatch: pyt
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     runner = Run(tiny("bert")).runner
     found = runner.concurrent(4)
-    assert (found.concurrency, found.threads, found.device) == (4, 1, torch.device("cpu"))
+    assert (found.concurrency, found.threads, found.device) == (3, 2, torch.device("cpu"))
     assert runner.concurrent(2).threads == 3
     assert runner.concurrent(1) is runner
     rotary = Run(tiny("wav2vec2-conformer-rotary")).runner
     assert rotary.concurrent(4) is rotary
+    swin = Run(tiny("swin")).runner
+    assert swin.concurrent(4) is swin
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert runner.concurrent(4) is runner
 
