@@ -80,17 +80,6 @@ def test_chat_describes_the_sample_pictures(sample_data: Path, chat: tuple[str, 
 
 
 @pytest.mark.slow
-def test_chat_is_not_misled_by_an_example(sample_data: Path, chat: tuple[str, Path], tmp_path: Path) -> None:
-    """A solved case before the question: the answer must be about the second picture."""
-    rows = rows_of(sample_data / "images.jsonl")
-    shot = {"image": str(sample_data / rows[0]["image"]), "answer": rows[0]["caption"]}
-    (tmp_path / "shots.jsonl").write_text(json.dumps(shot) + "\n", encoding="utf-8")
-    asked = ("-q", "Describe the picture.", "--examples", tmp_path / "shots.jsonl", "--keep", "caption")
-    answered = mmcli("ask", sample_data / "images.jsonl", *chat, *asked)
-    assert share([row["answer"] for row in answered], [row["caption"] for row in rows]) >= 0.8
-
-
-@pytest.mark.slow
 def test_chat_goes_on_with_a_conversation(sample_data: Path, chat: tuple[str, Path], tmp_path: Path) -> None:
     """Two questions about one picture."""
     said = [

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from mmcli.cli.boundary import run
 
-SCRIPTS = {"captioner": "train_captioner", "clip": "train_clip", "sounds": "train_sounds", "vqa": "train_vqa"}
+SCRIPTS = {name: f"train_{name}" for name in ("captioner", "chat", "clip", "sounds", "vqa")}
 CLASSES = {"captioner": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}
 
 
