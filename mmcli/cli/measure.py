@@ -42,7 +42,7 @@ from mmcli.cli.run import (
     list_inputs,
     open_decoder,
     open_nursery,
-    window_of,
+    windows_of,
 )
 from mmcli.cli.signals import Signals
 from mmcli.core.errors import ConfigError, ExitCode
@@ -188,7 +188,7 @@ class _Bench:
             if not snapshot.rows:
                 raise ConfigError("there is nothing to measure")
             batch_size = prepared.limits.batch_size or auto_batch_size(prepared)
-            window = window_of(batch_size, snapshot, prepared)
+            window = windows_of(batch_size, snapshot, prepared).size
             # By the clock it is a part of a long job.
             limits = replace(prepared.limits, concurrency=concurrency_of(bounds.rows, batch_size))
             prepared = replace(prepared, limits=limits)

@@ -22,6 +22,7 @@ from mmcli.core.protocols import Decoder, ModelPlan, Snapshot
 from mmcli.core.report import Report
 
 if TYPE_CHECKING:
+    from mmcli.engines.batching import WindowSizes
     from mmcli.media.pool import Nursery
 
 # What a forward pass takes when --batch-size is auto. On two CPU cores 8 to 64 are equally fast; a GPU wants more.
@@ -175,7 +176,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     batch_size = limits.batch_size or auto_batch_size(prepared)
     options = LocalOptions(
         batch_size=batch_size,
-        window=window_of(batch_size, snapshot, prepared),
+        windows=windows_of(batch_size, snapshot, prepared),
         concurrency=limits.concurrency or concurrency_of(snapshot.rows, batch_size, target.output.immediate),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
@@ -236,16 +237,20 @@ def concurrency_of(rows: int | None, batch_size: int, immediate: bool = False) -
     return 1 if immediate or few else MAX_CONCURRENCY
 
 
-def window_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> int:
+def windows_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> WindowSizes:
     """Rows that are batched together in a run."""
-    from mmcli.engines.batching import window_rows
+    from mmcli.engines.batching import WindowSizes, window_sizes
 
     # Prompts vary with the columns that they name, and so do the questions of a row, and the shapes of a ViLT's
     # pictures; to a server lengths do not matter.
     if getattr(prepared.planned.plan, "batch_size", None) is not None:
-        return batch_size
-    fixed = {m for m, count in snapshot.modalities.items() if count} <= {"image"} and not prepared.variables
-    return window_rows(batch_size, lengths_vary=not fixed or prepared.planned.task.name == "ask")
+        return WindowSizes(batch_size)
+    there = {m for m, count in snapshot.modalities.items() if count}
+    asked = prepared.planned.task.name == "ask"
+    fixed = there <= {"image"} and not prepared.variables
+    # Where a model writes, a row takes long, and its prompt is not what takes it.
+    texts = there == {"text"} and prepared.planned.task.name in ("embed", "classify")
+    return window_sizes(batch_size, lengths_vary=not fixed or asked, texts=texts)
 
 
 def open_decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:

@@ -11,9 +11,11 @@ from mmcli.core.extensions import guess_modality
 from mmcli.core.protocols import Task
 from mmcli.core.records import Modality, Record, Result, Sample
 
-# Rows of one length-bucketing window, in batches. Sorting 8 batches of 32 texts by length removes most of the
-# padding, and what waits in memory stays small.
+# Rows of one length-bucketing window, in batches: what waits in memory, and until it can be committed, stays small.
 WINDOW_BATCHES = 8
+# Texts need next to no memory. Of texts of 1 to 120 words, 32 at once, padding makes 1.43 times as many tokens in
+# windows of 256, 1.21 of 512, 1.10 of 1,024, 1.05 of 2,048. The first windows are smaller: rows are there sooner.
+TEXT_WINDOW_BATCHES = 32
 # A window is cut early at so many bytes of model inputs: 256 sounds of 30 s are 490 MB.
 WINDOW_BYTES = 256 * 1024 * 1024
 
@@ -110,15 +112,38 @@ def _plain(known: Sequence[Any], outputs: Sequence[Sequence[Any]]) -> bool:
     return RowError not in kinds
 
 
+@dataclass(frozen=True, slots=True)
+class WindowSizes:
+    """Where windows begin and end, by the number of the row alone.
+
+    size   rows of a window; it begins at a multiple of that
+    first  rows of the first one, where that is less; the next ones are of 1, 2, 4, ... times as many until `size`
+    """
+
+    size: int
+    first: int | None = None
+
+    def around(self, row: int) -> range:
+        """The rows of the window that a row is in."""
+        start, stop = row - row % self.size, row - row % self.size + self.size
+        if start or self.first is None:
+            return range(start, stop)
+        end = self.first
+        while end <= row:
+            start, end = end, 2 * end
+        return range(start, min(end, stop))
+
+
 class Windows:
     """Puts rows, which arrive in any order, into windows of consecutive rows.
 
-    A window ends before a multiple of `size`, or where its model inputs reach `max_bytes`: so a run that is
-    resumed at a multiple of `size` forms the same windows, the same batches and the same rows to the last bit.
+    A window ends where `WindowSizes` says, or where its model inputs reach `max_bytes`: so a run that is resumed
+    where a window begins forms the same windows, the same batches and the same rows to the last bit.
     """
 
-    def __init__(self, first_row: int, size: int, max_bytes: int = WINDOW_BYTES) -> None:
-        self._next, self._size, self._max_bytes = first_row, size, max_bytes
+    def __init__(self, first_row: int, sizes: WindowSizes, max_bytes: int = WINDOW_BYTES) -> None:
+        self._next, self._sizes, self._max_bytes = first_row, sizes, max_bytes
+        self._end = sizes.around(first_row).stop
         self._early: dict[int, Arrived] = {}
         self._rows: list[Arrived] = []
         self._bytes = 0
@@ -131,7 +156,8 @@ class Windows:
             self._rows.append(found)
             self._bytes += found.nbytes
             self._next += 1
-            if self._next % self._size == 0 or self._bytes >= self._max_bytes:
+            if self._next == self._end or self._bytes >= self._max_bytes:
+                self._end = self._sizes.around(self._next).stop
                 yield self.flush()
 
     def flush(self) -> list[Arrived]:
@@ -145,13 +171,16 @@ class Windows:
             raise MmcliError(f"internal error: row {self._next} was read but never decoded")
 
 
-def window_rows(batch_size: int, lengths_vary: bool) -> int:
-    """Rows that are batched together.
+def window_sizes(batch_size: int, lengths_vary: bool, texts: bool = False) -> WindowSizes:
+    """Rows that are batched together; `texts`: all inputs are.
 
-    Windows begin at multiples of this, whatever row a run starts at: so a resumed run forms the same batches,
-    and its rows are the same to the last bit.
+    Windows begin at the same rows, whatever row a run starts at: so a resumed run forms the same batches, and its
+    rows are the same to the last bit.
     """
-    return batch_size * (WINDOW_BATCHES if lengths_vary else 1)
+    if not lengths_vary:
+        return WindowSizes(batch_size)
+    several = batch_size * WINDOW_BATCHES
+    return WindowSizes(batch_size * TEXT_WINDOW_BATCHES, several) if texts else WindowSizes(several)
 
 
 def batches(slots: Sequence[Slot], max_cost: Callable[[Sample], int]) -> Iterator[list[Slot]]:

@@ -22,7 +22,7 @@ from typing import Any
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
 from mmcli.core.protocols import Decoder, ModelPlan, Output, Previous, Runner, Source, Task
 from mmcli.core.report import Report
-from mmcli.engines.batching import Arrived, Slot, Window, Windows, batches
+from mmcli.engines.batching import Arrived, Slot, Window, Windows, WindowSizes, batches
 from mmcli.engines.forward import Collated, Forward, Launched
 from mmcli.engines.intake import BLOCK_ROWS, Intake, Reuse
 from mmcli.engines.table import Layout
@@ -93,13 +93,13 @@ class LocalOptions:
     """How to run; nothing here changes a row.
 
     batch_size    samples per forward pass
-    window        rows that are batched together (see engines.batching.window_rows)
+    windows       which rows are batched together (see engines.batching.window_sizes)
     concurrency   batches that a model may compute at once, where it can (see mmcli.core.protocols.Runner)
     time_limit_s  stop, commit and raise TryAgain after this long
     """
 
     batch_size: int
-    window: int
+    windows: WindowSizes
     concurrency: int = 1
     time_limit_s: float | None = None
     budget: ErrorBudget = field(default_factory=ErrorBudget)
@@ -161,10 +161,10 @@ class _Ready:
 class _Run:
     def __init__(self, work: Work, options: LocalOptions) -> None:
         self.work, self.options, self.report = work, options, work.report
-        self.first = work.start_row - work.start_row % options.window
+        self.first = options.windows.around(work.start_row).start
         # Two windows, so that one fills while the other is in the model; what waits in between; and enough to
         # keep the decode workers busy.
-        ahead = 2 * options.window + (READY_BATCHES + 1 + options.concurrency) * options.batch_size
+        ahead = 2 * options.windows.size + (READY_BATCHES + 1 + options.concurrency) * options.batch_size
         reuse = Reuse(work.previous, work.task, work.source.slots) if work.previous is not None else None
         self.intake = Intake(
             work.source,
@@ -254,7 +254,7 @@ class _Run:
 
     def _windows(self) -> Iterator[tuple[list[Arrived], bool]]:
         """Windows in row order, and whether nothing was on its way when they were cut."""
-        windows = Windows(self.first, self.options.window)
+        windows = Windows(self.first, self.options.windows)
         immediate = self.work.output.immediate
         while not self.closing.is_set():
             try:

@@ -12,7 +12,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import Decoder, ModelPlan
 from mmcli.core.records import DecodeOptions, Media, Record
 from mmcli.core.report import Report
-from mmcli.engines.batching import window_rows
+from mmcli.engines.batching import WindowSizes, window_sizes
 from mmcli.engines.local import ErrorBudget as ErrorBudget
 from mmcli.engines.local import LocalOptions, StopFlag, Work, run
 from mmcli.engines.writer import PartLimits as PartLimits
@@ -109,6 +109,7 @@ def run_engine(
     workers: int = 0,
     batch_size: int = 4,
     window: int | None = None,
+    first: int | None = None,
     parts: PartLimits | None = None,
     **work: Any,
 ) -> Report:
@@ -131,7 +132,7 @@ def run_engine(
         ),
         LocalOptions(
             batch_size=batch_size,
-            window=window or window_rows(batch_size, lengths_vary=True),
+            windows=WindowSizes(window, first) if window else window_sizes(batch_size, lengths_vary=True),
             # As many as the model says.
             concurrency=9,
             parts=parts or PartLimits(),

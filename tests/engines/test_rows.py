@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from PIL import Image
 
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Media, Record
-from mmcli.engines.batching import Windows
+from mmcli.engines.batching import Windows, WindowSizes, window_sizes
 from mmcli.models.fake import fake_vector
 
 TEXTS = st.sampled_from(["raise", "nan", "fail"]) | st.text("abcé ", min_size=1, max_size=60)
@@ -55,6 +56,7 @@ SLOTS = {1: ("",), 2: ("text", "title")}
 SHAPES = {
     "batch_size": st.integers(1, 9),
     "window": st.integers(1, 40),
+    "first": st.none() | st.integers(1, 9),
     "part_rows": st.integers(1, 50),
     "oom": st.none() | st.integers(1, 6),
     "both": st.integers(1, 3),
@@ -63,10 +65,10 @@ SHAPES = {
 
 @given(inputs=record_lists(), **SHAPES)
 @settings(max_examples=150, deadline=None)
-def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom, both):
+def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_rows, oom, both):
     slots, records = inputs
     output = Collected()
-    arguments = {"batch_size": batch_size, "window": window, "parts": PartLimits(rows=part_rows)}
+    arguments = {"batch_size": batch_size, "window": window, "first": first, "parts": PartLimits(rows=part_rows)}
     if broken_for_all(records):
         with pytest.raises(ModelError, match=r"failed on all its inputs: .* told to fail"):
             run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom, both=both), **arguments)
@@ -82,7 +84,7 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, part_rows, oom
 
 @given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
 @settings(max_examples=12, deadline=None)
-def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, window, part_rows, oom, both):
+def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, window, first, part_rows, oom, both):
     slots, records = inputs
     records.append(text_record(len(records), *["always one that works"] * slots))
     output = Collected()
@@ -187,19 +189,21 @@ def test_files_that_are_missing_or_empty_cost_their_row(tmp_path: Path):
     start=st.integers(0, 50),
     count=st.integers(0, 60),
     size=st.integers(1, 20),
+    least=st.none() | st.integers(1, 9),
     max_bytes=st.integers(1, 100),
     weights=st.lists(st.integers(0, 40), min_size=110, max_size=110),
     data=st.data(),
 )
 @settings(max_examples=200, deadline=None)
-def test_windows_depend_on_rows_alone(start, count, size, max_bytes, weights, data):
+def test_windows_depend_on_rows_alone(start, count, size, least, max_bytes, weights, data):
     from mmcli.engines.batching import Arrived
 
-    first = start - start % size
+    sizes = WindowSizes(size, least)
+    first = sizes.around(start).start
     rows = [Arrived(text_record(i, "x"), (), weights[i]) for i in range(first, first + count)]
 
     def cut(order):
-        windows = Windows(first, size, max_bytes)
+        windows = Windows(first, sizes, max_bytes)
         found = [[r.record.row for r in w] for row in order for w in windows.add([row])]
         found.append([r.record.row for r in windows.flush()])
         windows.check_empty()
@@ -209,5 +213,33 @@ def test_windows_depend_on_rows_alone(start, count, size, max_bytes, weights, da
     assert cut(data.draw(st.permutations(rows))) == in_order
     assert [row for window in in_order for row in window] == [r.record.row for r in rows]
     for window in in_order:
-        assert all(row % size for row in window[1:])
+        assert all(sizes.around(row) == sizes.around(window[0]) for row in window)
         assert sum(weights[row] for row in window[:-1]) < max_bytes
+
+
+def test_windows_of_texts_leave_little_padding():
+    """Lengths as of texts: most are short."""
+    lengths = (np.random.default_rng(0).exponential(20, 8192).clip(1, 120)).astype(int)
+
+    def padded(window: int) -> float:
+        windows = [sorted(lengths[at : at + window]) for at in range(0, len(lengths), window)]
+        batches = [one[at : at + 32] for one in windows for at in range(0, len(one), 32)]
+        return sum(len(batch) * batch[-1] for batch in batches) / lengths.sum()
+
+    assert padded(window_sizes(32, lengths_vary=True, texts=True).size) < 1.15
+    assert padded(window_sizes(32, lengths_vary=True).size) > 1.3
+
+
+@given(size=st.integers(1, 50), first=st.none() | st.integers(1, 60))
+def test_windows_begin_where_the_ones_before_end(size, first):
+    sizes, row, found = WindowSizes(size, first), 0, []
+    while row < 4 * size:
+        window = sizes.around(row)
+        assert window.start == row
+        assert all(sizes.around(other) == window for other in window)
+        found.append(len(window))
+        row = window.stop
+    assert found[0] == min(size, first or size)
+    assert max(found) <= size
+    assert found[-1] == size
+    assert all(later <= 2 * before or later == size for before, later in itertools.pairwise(found))
