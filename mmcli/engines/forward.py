@@ -36,11 +36,15 @@ class Collated:
 
 @dataclass(slots=True)
 class Launched:
-    """Samples and what `Runner.forward` returned, or why there is nothing; neither: too large, not tried."""
+    """Samples and what `Runner.forward` returned, or why there is nothing; neither: too large, not tried.
+
+    shared  another batch was computed at the same time, and had a part of the memory
+    """
 
     samples: Sequence[Sample]
     outputs: Any = None
     failure: RowError | None = None
+    shared: bool = False
 
     @property
     def pending(self) -> bool:
@@ -102,6 +106,9 @@ class Forward:
                 launched = Launched(samples, self._runner.forward(batch))
             if launched.pending:
                 self._pending.append(launched)
+                if len(self._pending) > 1:
+                    for one in self._pending:
+                        one.shared = True
             return launched
         except MmcliError:
             raise
@@ -130,7 +137,7 @@ class Forward:
                 self.failures = 0
                 self._good = self._good or samples[0]
                 return outputs
-        return self._failed(samples, failure)
+        return self._failed(samples, failure, launched.shared)
 
     def settle(self, at_end: bool = False) -> None:
         """Find out whether the latest failures are the inputs' fault. Raises ModelError when they are not.
@@ -166,12 +173,13 @@ class Forward:
             self._report.add("transfer", self._moved_s - moved)
             self._report.add("forward", moved - self._moved_s)
 
-    def _failed(self, samples: Sequence[Sample], failure: RowError) -> list[Output]:
+    def _failed(self, samples: Sequence[Sample], failure: RowError, shared: bool) -> list[Output]:
         if failure.code == "oom":
             self._report.oom_halvings += 1
             # A model may have left tensors in cycles.
             gc.collect()
-            if self._wait_for_others() and len(samples) == 1:
+            self._wait_for_others()
+            if shared and len(samples) == 1:
                 return self._again(samples)
         if len(samples) == 1:
             return [self._failed_alone(failure)]
@@ -182,13 +190,12 @@ class Forward:
         middle = len(samples) // 2
         return self._again(samples[:middle]) + self._again(samples[middle:])
 
-    def _wait_for_others(self) -> bool:
-        """Until no other batch needs memory; returns whether there were some."""
+    def _wait_for_others(self) -> None:
+        """Until no other batch needs memory."""
         others, self._pending = self._pending, []
         for launched in others:
             while not getattr(launched.outputs, "wait", lambda _: True)(1.0):
                 pass
-        return bool(others)
 
     def _in_pieces(self, samples: Sequence[Sample]) -> list[Output]:
         outputs: list[Output] = []
