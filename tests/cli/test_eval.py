@@ -447,7 +447,7 @@ def test_an_unfinished_run(cli: Cli, tmp_path: Path) -> None:
     assert not out.exists()
     found = report(cli, out, "--truth", "text", "--metrics", "classification", "--column", "modality")
     assert 0 < found["rows"]["rows"] < 5000
-    assert found["notes"][0] == f"the run is not finished: {found['rows']['rows']} of 5,000 rows are there"
+    assert found["notes"][0] == f"the run is not finished: {found['rows']['rows']:,} of 5,000 rows are there"
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------

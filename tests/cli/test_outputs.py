@@ -302,7 +302,9 @@ def test_a_signal_in_a_library_is_no_failure_of_it(tmp_path: Path, shared_data: 
 def test_interrupted_before_anything_is_under_way() -> None:
     """A signal that comes while modules are imported."""
     script = (
-        "import os, sys, mmcli.__main__ as m\n"
+        "import os, signal, sys, mmcli.__main__ as m\n"
+        # A shell's background jobs are started with it ignored.
+        "signal.signal(2, signal.default_int_handler)\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == MODULE: os.kill(os.getpid(), 2)\n"
