@@ -77,10 +77,8 @@ def _execute(
 def open_nursery(arguments: Arguments) -> Iterator[Nursery | None]:
     """The decode workers' nursery, started before anything else: it imports while this process does."""
     from mmcli.media.pool import Nursery
-    from mmcli.models.device import one_arena
     from mmcli.models.resolve import processor_imports
 
-    one_arena()
     imports = processor_imports(arguments.model.model or "")
     nursery = Nursery(imports) if imports and arguments.run.num_workers != "0" else None
     try:

@@ -65,27 +65,13 @@ def keep_freed_memory() -> None:
     By default it maps every tensor above 32 MB anew, and the kernel zeroes all of its pages: for MobileNetV2 at
     batch 32 that was 68 of 94 ms of CPU time per picture, and is 2.5 ms with this.
     """
-    trim_threshold, mmap_threshold = -1, -3
-    _mallopt(mmap_threshold, 1 << 30)
-    _mallopt(trim_threshold, 1 << 30)
-
-
-def one_arena() -> None:
-    """Let threads have their memory from one place, the only one where `keep_freed_memory` holds (Linux, glibc).
-
-    To be called before there are threads. Those of others end at 64 MB, and go back when they are empty: a batch
-    of MobileNetV2 took 1,173 ms of CPU time in a thread, half of it for 303,000 page faults, and takes 702.
-    """
-    arena_max = -8
-    _mallopt(arena_max, 1)
-
-
-def _mallopt(parameter: int, value: int) -> None:
     if not sys.platform.startswith("linux"):
         return
+    trim_threshold, mmap_threshold = -1, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         # musl has its own ways.
         return
-    mallopt(parameter, value)
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, 1 << 30)

@@ -226,7 +226,7 @@ def test_windows_of_texts_leave_little_padding():
         batches = [one[at : at + 32] for one in windows for at in range(0, len(one), 32)]
         return sum(len(batch) * batch[-1] for batch in batches) / lengths.sum()
 
-    assert padded(window_sizes(32, lengths_vary=True, texts=True).size) < 1.15
+    assert padded(window_sizes(32, lengths_vary=True, texts=True).size) < 1.25
     assert padded(window_sizes(32, lengths_vary=True).size) > 1.3
 
 
