@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import wave
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,34 @@ from PIL import Image
 TEXT = "a small red circle above two large blue stars on the left of a grey wall near water at night"
 SAMPLING_RATE = 16_000
 
+Maker = Callable[[Path, np.random.Generator], None]
+
 
 def make_images(folder: Path, count: int, size: tuple[int, int]) -> None:
     """JPEGs of smooth coloured noise: about the bytes and the decoding time of photos of that size."""
-    generator = np.random.default_rng(0)
+    # Of camera-size ones 64 different ones, under many names.
+    different = 4096 if size[0] < 1000 else 64
+    _make_files(folder, count, "jpg", partial(_make_image, size), different)
+
+
+def _make_image(size: tuple[int, int], path: Path, generator: np.random.Generator) -> None:
+    small = generator.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    picture.save(path, quality=88)
+
+
+def _make_files(folder: Path, count: int, kind: str, make: Maker, different: int) -> None:
+    """So many files, made on all cores; beyond `different` they are links to those before."""
     folder.mkdir()
-    for number in range(count):
-        small = generator.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number:06d}.jpg", quality=88)
+    paths = [folder / f"{number:06d}.{kind}" for number in range(count)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(_make_file, make), paths[:different], range(different), chunksize=4))
+    for number in range(different, count):
+        os.link(paths[number % different], paths[number])
+
+
+def _make_file(make: Maker, path: Path, seed: int) -> None:
+    make(path, np.random.default_rng(seed))
 
 
 def make_texts(path: Path, count: int, mean: float, most: int) -> None:
@@ -37,34 +59,36 @@ def make_texts(path: Path, count: int, mean: float, most: int) -> None:
 
 def make_sounds(folder: Path, count: int) -> None:
     """WAV files of 1 to 15 s, half of them shorter than 4 s, as utterances are."""
-    generator = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(count):
-        seconds = min(15.0, 1.0 + generator.exponential(4.0))
-        samples = (generator.normal(size=int(seconds * SAMPLING_RATE)) * 3000).clip(-32768, 32767).astype("<i2")
-        with wave.open(str(folder / f"{number:06d}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(SAMPLING_RATE)
-            file.writeframes(samples.tobytes())
+    _make_files(folder, count, "wav", _make_sound, 1024)
+
+
+def _make_sound(path: Path, generator: np.random.Generator) -> None:
+    seconds = min(15.0, 1.0 + generator.exponential(4.0))
+    samples = (generator.normal(size=int(seconds * SAMPLING_RATE)) * 3000).clip(-32768, 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLING_RATE)
+        file.writeframes(samples.tobytes())
 
 
 def make_videos(folder: Path, count: int) -> None:
     """MP4 (H.264) clips of 2 to 4 s, 320 x 240, 25 frames a second."""
+    _make_files(folder, count, "mp4", _make_video, 128)
+
+
+def _make_video(path: Path, generator: np.random.Generator) -> None:
     import av
 
-    generator = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(count):
-        with av.open(str(folder / f"{number:06d}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
-            small = generator.integers(0, 256, (30, 80, 3), dtype=np.uint8)
-            wide = np.asarray(Image.fromarray(small).resize((640, 240), Image.Resampling.BICUBIC))
-            for frame in range(int(generator.integers(50, 101))):
-                moved = np.ascontiguousarray(wide[:, 3 * frame : 3 * frame + 320])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(moved)))
-            container.mux(stream.encode(None))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        small = generator.integers(0, 256, (30, 80, 3), dtype=np.uint8)
+        wide = np.asarray(Image.fromarray(small).resize((640, 240), Image.Resampling.BICUBIC))
+        for frame in range(int(generator.integers(50, 101))):
+            moved = np.ascontiguousarray(wide[:, 3 * frame : 3 * frame + 320])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(moved)))
+        container.mux(stream.encode(None))
 
 
 def make_clip(folder: Path, width: int, layers: int) -> None:

@@ -75,3 +75,10 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, 1 << 30)
+
+
+def exact_convolutions() -> None:
+    """Let cuDNN compute float32 as float32: by default it rounds what convolutions multiply to 10 bits (TF32)."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False

@@ -14,7 +14,7 @@ import torch
 from mmcli.core.errors import MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
 from mmcli.models.concurrent import concurrent
-from mmcli.models.device import choose_device, keep_freed_memory
+from mmcli.models.device import choose_device, exact_convolutions, keep_freed_memory
 from mmcli.models.head import Similarity
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
 from mmcli.models.plan import CheckpointPlan, EmbeddingPlan
@@ -134,6 +134,8 @@ class TorchRunner(Collator):
             )
         if self.device.type == "cpu":
             keep_freed_memory()
+        if plan.dtype == "float32":
+            exact_convolutions()
         plan.checkpoint.fetch_weights()
         try:
             self.loaded = plan.load_weights(self.device)

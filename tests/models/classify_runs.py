@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from model_runs import DEVICE, outputs_of
 
 from mmcli.core.records import Classified, Modality, Payload, Sample
 from mmcli.models import classifier, entailment
@@ -27,7 +28,7 @@ def asked(
 
 def plan_of(folder: Path | str, wanted: Classification | None = None, **options: Any) -> ClassificationPlan:
     """The plan of a checkpoint, as the command decides it."""
-    given = ModelOptions(str(folder), device="cpu", **options)
+    given = ModelOptions(str(folder), device=DEVICE, **options)
     checkpoint, wanted = open_checkpoint(given), wanted or asked()
     if wanted.labels and (pairs := entailment.find(checkpoint)) is not None:
         return entailment.plan(checkpoint, given, "float32", pairs, wanted)
@@ -57,7 +58,7 @@ class ClassifyRun:
         for places in groups.values():
             for start in range(0, len(places), batch_size):
                 batch = places[start : start + batch_size]
-                outputs = self.runner.forward(self.runner.collate([slots[place][1] for place in batch]))
+                outputs = outputs_of(self.runner, [slots[place][1] for place in batch])
                 outputs = outputs.result() if hasattr(outputs, "result") else outputs
                 found.update(zip(batch, outputs, strict=True))
         of_rows: list[list[Any]] = [[] for _ in range(rows)]

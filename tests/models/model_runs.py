@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,20 @@ from mmcli.models.options import ModelOptions
 from mmcli.models.plan import EmbeddingPlan
 from mmcli.models.resolve import resolve
 
+# Where the model under test is; the reference stays on the CPU.
+DEVICE = os.environ.get("MMCLI_TEST_DEVICE", "cpu")
+
 
 def plan_of(folder: Path | str, **options: Any) -> EmbeddingPlan:
-    plan = resolve(ModelOptions(str(folder), device="cpu", **options))
+    plan = resolve(ModelOptions(str(folder), device=DEVICE, **options))
     assert isinstance(plan, EmbeddingPlan)
     return plan
+
+
+def outputs_of(runner: Any, samples: Sequence[Any]) -> Any:
+    """Those of one batch; of a device that goes on by itself, once they are there."""
+    outputs = runner.forward(runner.collate(samples))
+    return outputs.result() if hasattr(outputs, "result") else outputs
 
 
 class Run:
@@ -37,8 +47,7 @@ class Run:
         for members in groups.values():
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                output = self.runner.forward(self.runner.collate([samples[row % len(samples)] for row in batch]))
-                vectors = output if isinstance(output, np.ndarray) else output.result()
+                vectors = outputs_of(self.runner, [samples[row % len(samples)] for row in batch])
                 found.update(zip(batch, vectors, strict=True))
         return np.stack([found[row] for row in range(rows)])
 

@@ -17,6 +17,7 @@ import tiny_captioners
 import tiny_dual
 import torch
 import transformers as hf
+from model_runs import DEVICE, outputs_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -56,7 +57,7 @@ def pictures() -> tuple[np.ndarray, ...]:
 
 
 def plan_of(folder: Path | str, generation: Generation, **options: Any) -> GenerationPlan:
-    plan = resolve_writer(ModelOptions(str(folder), device="cpu", **options), generation)
+    plan = resolve_writer(ModelOptions(str(folder), device=DEVICE, **options), generation)
     assert isinstance(plan, GenerationPlan)
     return plan
 
@@ -69,7 +70,7 @@ def captions(folder: Path, generation: Generation, batch_size: int, rows: int) -
     found: list[Generated] = []
     for start in range(0, rows, batch_size):
         batch = [samples[row % len(samples)] for row in range(start, min(rows, start + batch_size))]
-        found += runner.forward(runner.collate(batch))  # type: ignore[arg-type]
+        found += outputs_of(runner, batch)  # type: ignore[arg-type]
     return found
 
 
@@ -299,7 +300,7 @@ def test_command(tiny: Callable[[str], Path], wanted: Callable[..., list[Generat
         Image.fromarray(pixels).save(tmp_path / "in" / f"{row}.png")
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG\r\n")
     arguments = ["caption", str(tmp_path / "in"), "-m", str(tiny("blip")), "--max-new-tokens", str(LIMIT)]
-    arguments += ["--num-workers", "0", "--batch-size", "4", "--device", "cpu"]
+    arguments += ["--num-workers", "0", "--batch-size", "4", "--device", DEVICE]
     for out in (tmp_path / "o.jsonl", tmp_path / "o.parquet"):
         assert run([*arguments, "-o", str(out)]) == 3
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]

@@ -16,6 +16,7 @@ import pytest
 import tiny_chats
 import torch
 import transformers as hf
+from model_runs import DEVICE, outputs_of
 from PIL import Image
 
 from mmcli.cli.boundary import run
@@ -88,7 +89,7 @@ def records(name: str) -> list[Record]:
 
 
 def plan_of(folder: Path | str, generation: Generation, **options: Any) -> GenerationPlan:
-    plan = resolve_writer(ModelOptions(str(folder), device="cpu", frames=FRAMES, **options), generation)
+    plan = resolve_writer(ModelOptions(str(folder), device=DEVICE, frames=FRAMES, **options), generation)
     assert isinstance(plan, GenerationPlan)
     return plan
 
@@ -116,7 +117,7 @@ class Run:
         for members in groups.values():
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                written = self.runner.forward(self.runner.collate([sample for _, _, sample in batch]))
+                written = outputs_of(self.runner, [sample for _, _, sample in batch])
                 found.update({(row, n): one for (row, n, _), one in zip(batch, written, strict=True)})
         return [[found[row, number] for number in range(self.count)] for row in range(rows)]
 
@@ -710,7 +711,7 @@ def test_command(tiny: Callable[[str], Path], reference: Callable[[str], Referen
         "why=Why?",
     ]
     arguments += ["--examples", str(shots), "--system", "Be short.", "--max-new-tokens", str(LIMIT)]
-    arguments += ["--num-workers", "1", "--batch-size", "4", "--device", "cpu", "-o", str(tmp_path / "o.jsonl")]
+    arguments += ["--num-workers", "1", "--batch-size", "4", "--device", DEVICE, "-o", str(tmp_path / "o.jsonl")]
     assert run(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     for row, pixels in zip(rows, pictures(), strict=False):

@@ -15,6 +15,7 @@ import tiny_chats
 import tiny_vqa
 import torch
 import transformers as hf
+from model_runs import DEVICE
 
 from mmcli.cli.boundary import run
 
@@ -39,7 +40,7 @@ def texts(folder: Path, count: int) -> Path:
 
 def ask(inputs: Path, model: Path, out: Path, *options: str) -> list[dict[str, Any]]:
     arguments = ["ask", str(inputs), "-m", str(model), "-q", QUESTION, "-o", str(out), "--num-workers", "0"]
-    assert run([*arguments, "--device", "cpu", "--quiet", *options]) == 0
+    assert run([*arguments, "--device", DEVICE, "--quiet", *options]) == 0
     return pq.read_table(out).to_pylist()  # type: ignore[no-any-return]
 
 

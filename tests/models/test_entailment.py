@@ -15,6 +15,7 @@ import tiny_classifiers
 import torch
 import transformers as hf
 from classify_runs import ALL, ClassifyRun, as_array, asked, plan_of
+from model_runs import DEVICE, outputs_of
 from safetensors.torch import load_file, save_file
 from test_encoders import TEXTS
 from tiny_dual import bert_tokenizer, edit_json
@@ -183,7 +184,7 @@ def test_without_labels_it_has_its_own(tiny: Callable[[str], Path]) -> None:
 
 
 def planned(folder: Path, wanted: Classification) -> ClassificationPlan:
-    options = ModelOptions(str(folder), device="cpu")
+    options = ModelOptions(str(folder), device=DEVICE)
     checkpoint = open_checkpoint(options)
     pairs = entailment.find(checkpoint)
     assert pairs is not None
@@ -221,7 +222,7 @@ def test_weights_that_are_not_finite_are_an_error_row(tiny: Callable[[str], Path
     weights["classifier.bias"][2] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     run = ClassifyRun(folder, asked(*LABELS))
-    outputs = run.runner.forward(run.runner.collate(run.samples("text", "a cat")))
+    outputs = outputs_of(run.runner, run.samples("text", "a cat"))
     record = Record(0, "a", None, (Media("text", text="a cat"),))
     result = Classify(join=run.joiner).result(record, ["text"], list(outputs))
     assert result.error is not None

@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from model_runs import DEVICE, outputs_of
 from safetensors.torch import load_file, save_file
 from test_encoders import clips, pictures, sounds
 from tiny_dual import edit_json
@@ -395,21 +396,21 @@ def test_a_saved_model_is_the_same_to_the_last_bit(
 def test_it_is_opened_as_it_was_saved(tiny: Callable[[str], Fusion], tmp_path: Path) -> None:
     made = tiny("others")
     save_fusion(made.model, made.sources, tmp_path)
-    options = ModelOptions(str(tmp_path), device="cpu")
+    options = ModelOptions(str(tmp_path), device=DEVICE)
     opened = plan(open_checkpoint(options), options, "float32", Classification())
     assert opened.labels == LABELS
     assert [part.inputs for part in opened.detail] == [part.inputs for part in made.plan.detail]
     runner: Any = opened.load()
     samples = Fusion(made.model, made.sources, opened, opened.open_processor()).samples(records(*MODELS["others"]))  # type: ignore[arg-type]
     wanted = made.logits(samples, 12).softmax(dim=1)
-    for found, scores in zip(runner.forward(runner.collate(samples)), wanted, strict=True):
+    for found, scores in zip(outputs_of(runner, samples), wanted, strict=True):
         assert dict(found.top_k) == pytest.approx(dict(zip(LABELS, scores.tolist(), strict=True)), abs=1e-6)
 
 
 def test_a_change_of_an_encoders_processor_is_another_model(tiny: Callable[[str], Fusion], tmp_path: Path) -> None:
     made = tiny("pair")
     save_fusion(made.model, made.sources, tmp_path)
-    options = ModelOptions(str(tmp_path), device="cpu")
+    options = ModelOptions(str(tmp_path), device=DEVICE)
 
     def identity() -> dict[str, Any]:
         return plan(open_checkpoint(options), options, "float32", Classification()).describe()
@@ -480,7 +481,7 @@ def test_all_encoders_that_cannot_be_such_are_named(tmp_path: Path) -> None:
 def test_directories_that_are_not_whole(tiny: Callable[[str], Fusion], tmp_path: Path) -> None:
     made = tiny("pair")
     save_fusion(made.model, made.sources, tmp_path)
-    options = ModelOptions(str(tmp_path), device="cpu")
+    options = ModelOptions(str(tmp_path), device=DEVICE)
     labels = Classification((Label("a", ("a",)),))
     with pytest.raises(ConfigError, match=r"it has 3 labels of its own \(no, yes, perhaps\)"):
         plan(open_checkpoint(options), options, "float32", labels)

@@ -19,6 +19,7 @@ import tiny_speech
 import torch
 import torchaudio
 import transformers as hf
+from model_runs import DEVICE, outputs_of
 from safetensors.torch import load_file, save_file
 from tiny_speech import POSITIONS, RATE, WINDOW
 from transformers.pipelines.automatic_speech_recognition import chunk_iter
@@ -72,7 +73,7 @@ def _sound(generator: np.random.Generator, length: int) -> np.ndarray:
 
 
 def plan_of(folder: Path | str, generation: Generation = BY_DEFAULT, **options: Any) -> GenerationPlan:
-    plan = resolve_writer(ModelOptions(str(folder), device="cpu", **options), generation)
+    plan = resolve_writer(ModelOptions(str(folder), device=DEVICE, **options), generation)
     assert isinstance(plan, GenerationPlan)
     return plan
 
@@ -89,7 +90,7 @@ def heard(plan: GenerationPlan, waveforms: Sequence[np.ndarray], batch_size: int
     found: list[list[Heard]] = [[] for _ in waveforms]
     for start in range(0, len(slots), batch_size):
         batch = slots[start : start + batch_size]
-        outputs = runner.forward(runner.collate([sample for _, sample in batch]))
+        outputs = outputs_of(runner, [sample for _, sample in batch])
         for (row, _), output in zip(batch, outputs, strict=True):
             found[row].append(output)  # type: ignore[arg-type]
     return found
@@ -340,7 +341,7 @@ def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
     write_wave(tmp_path / "in" / "empty.wav", sounds()[0][:0])
     arguments = ["caption", str(tmp_path / "in"), "-m", str(tiny("multilingual")), "--batch-size", "16"]
-    arguments += ["--num-workers", "0", "--device", "cpu", "-o", str(tmp_path / "o.jsonl"), "--srt", "--vtt"]
+    arguments += ["--num-workers", "0", "--device", DEVICE, "-o", str(tmp_path / "o.jsonl"), "--srt", "--vtt"]
     assert run(arguments) == 3
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [(row["id"], row["error_code"]) for row in rows[-2:]] == [

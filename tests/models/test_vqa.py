@@ -19,6 +19,7 @@ import tiny_captioners
 import tiny_vqa
 import torch
 import transformers as hf
+from model_runs import DEVICE, outputs_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_dual import edit_json
@@ -84,7 +85,7 @@ def asked(name: str, **changes: Any) -> Generation:
 
 
 def plan_of(folder: Path | str, generation: Generation, **options: Any) -> GenerationPlan:
-    plan = resolve_writer(ModelOptions(str(folder), device="cpu", **options), generation)
+    plan = resolve_writer(ModelOptions(str(folder), device=DEVICE, **options), generation)
     assert isinstance(plan, GenerationPlan)
     return plan
 
@@ -112,7 +113,7 @@ def answers(plan: GenerationPlan, rows: Sequence[tuple[int, int]], batch_size: i
         members.sort(key=lambda row: -samples[row].length)
         for start in range(0, len(members), batch_size):
             batch = members[start : start + batch_size]
-            outputs = runner.forward(runner.collate([samples[row] for row in batch]))
+            outputs = outputs_of(runner, [samples[row] for row in batch])
             found.update(zip(batch, outputs, strict=True))  # type: ignore[arg-type]
     return [found[row] for row in range(len(rows))]
 
@@ -246,7 +247,7 @@ def test_several_questions_give_an_output_each(tiny: Callable[[str], Path]) -> N
     samples = plan.open_processor().record([("image", pictures()[0])], ("cat",))
     runner = plan.load()
     reference = Reference(tiny("vilt"), "vilt")
-    outputs = runner.forward(runner.collate(samples))
+    outputs = outputs_of(runner, samples)
     for found, question in zip(outputs, (2, 1), strict=True):
         assert_scored(found, ranked(reference.logits(0, question), "sigmoid"))  # type: ignore[arg-type]
 
@@ -343,7 +344,7 @@ def test_a_question_in_its_own_words_is_left_as_it_is(tiny: Callable[[str], Path
     plan = plan_of(tiny("blip_2"), asked("blip_2", questions=(question,), variables=()))
     runner = plan.load()
     samples = plan.open_processor().record([("image", pictures()[0])], ())
-    (found,) = runner.forward(runner.collate(samples))
+    (found,) = outputs_of(runner, samples)
     assert found.text == Reference(tiny("blip_2"), "blip_2").written(0, question).text  # type: ignore[union-attr]
 
 
@@ -353,7 +354,7 @@ def test_instructblip_captions(tiny: Callable[[str], Path], prompt: str | None) 
     reference = Reference(tiny("instructblip"), "instructblip")
     processor, runner = plan.open_processor(), plan.load()
     samples = [processor.record([("image", pixels)], ())[0] for pixels in pictures()]
-    for row, found in enumerate(runner.forward(runner.collate(samples))):
+    for row, found in enumerate(outputs_of(runner, samples)):
         wanted = reference.written(row, prompt or "A short image caption.")
         assert (found.text, found.n_tokens) == (wanted.text, wanted.n_tokens)  # type: ignore[union-attr]
 
@@ -443,7 +444,7 @@ def test_a_tokenizer_is_missing(tiny: Callable[[str], Path], tmp_path: Path) -> 
 
 
 def command(*arguments: object) -> int:
-    fixed = ["--device", "cpu", "--num-workers", "0", "--batch-size", "4", "--max-new-tokens", str(LIMIT)]
+    fixed = ["--device", DEVICE, "--num-workers", "0", "--batch-size", "4", "--max-new-tokens", str(LIMIT)]
     return run(["ask", *map(str, arguments), *fixed])
 
 

@@ -13,6 +13,7 @@ import tiny_dual
 import torch
 import transformers as hf
 from classify_runs import as_array
+from model_runs import DEVICE, outputs_of
 from PIL import Image
 from test_dual_encoders import PADDED, Reference, clips, pictures, sounds
 
@@ -47,7 +48,7 @@ def asked(
 
 
 def plan_of(folder: Path | str, wanted: Classification, **options: Any) -> VectorPlan:
-    plan = resolve_classifier(ModelOptions(str(folder), device="cpu", **options), wanted)
+    plan = resolve_classifier(ModelOptions(str(folder), device=DEVICE, **options), wanted)
     assert isinstance(plan, VectorPlan)
     return plan
 
@@ -63,7 +64,7 @@ def scores(plan: VectorPlan, modality: Modality, payloads: Sequence[Any], batch_
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             rows = members[start : start + batch_size]
-            found.update(zip(rows, runner.forward(runner.collate([samples[row] for row in rows])), strict=True))
+            found.update(zip(rows, outputs_of(runner, [samples[row] for row in rows]), strict=True))
     return as_array([found[row] for row in range(len(payloads))], plan.labels)
 
 
@@ -200,7 +201,7 @@ def test_siglip_scores_labels_alone_and_gives_those_over_the_threshold(tiny: Cal
     plan = plan_of(tiny("siglip"), asked(threshold=0.2))
     process, runner = plan.open_processor(), plan.load()
     samples: list[Any] = [process("image", picture) for picture in pictures()]  # type: ignore[operator]
-    found = list(runner.forward(runner.collate(samples)))
+    found = list(outputs_of(runner, samples))
     for one in found:
         assert one.labels == tuple(label for label, score in one.top_k if score >= 0.2)
     assert sum(score for _, score in found[0].top_k) != pytest.approx(1.0, abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,5 +116,5 @@ def trainer_of(
     data = Data(Rows(train, objective.plan, options.seed, augment), Rows(val, objective.plan, options.seed))
     events = Events(told or (lambda line: None), stop or (lambda: None))
     settings = RunLimits(**{"num_workers": 0, **limits})
-    device = torch.device("cpu")
+    device = torch.device(os.environ.get("MMCLI_TEST_DEVICE", "cpu"))
     return Trainer(run, objective, data, options, settings, events, device, devices or Devices())
