@@ -8,9 +8,21 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mmcli.core.errors import ConfigError, ExitCode, MmcliError, Stopped, TryAgain, one_line
+from mmcli.core.errors import (
+    ConfigError,
+    DeviceLost,
+    ExitCode,
+    MmcliError,
+    Stopped,
+    TryAgain,
+    device_lost,
+    one_line,
+)
 
 REPORT_IT = "run again with --debug for the traceback, and please report it"
+# Errors of a device that has failed: their frames keep its tensors. To free one of these ends the process at once
+# (the destructor throws), before anything is said.
+_LOST: list[BaseException] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,8 @@ def guard(function: Callable[[], int], *, debug: bool = False) -> Outcome:
         return Outcome(int(function()))
     except BaseException as error:  # noqa: BLE001 - the boundary: whatever comes becomes an exit code
         known = _known(error)
+        if isinstance(known, DeviceLost):
+            _LOST.append(error)
         if debug:
             traceback.print_exception(error)
         elif known.exit_code == ExitCode.INTERNAL:
@@ -60,7 +74,7 @@ def _known(error: BaseException) -> MmcliError:
             return HostMemoryError(
                 "not enough memory on this machine", hint="a smaller --batch-size or --num-workers"
             )
-    return MmcliError(f"internal error: {type(error).__name__}: {error}")
+    return device_lost(error) or MmcliError(f"internal error: {type(error).__name__}: {error}")
 
 
 class HostMemoryError(MmcliError):

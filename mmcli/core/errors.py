@@ -5,7 +5,7 @@
     ├── ErrorBudgetExceeded    exit 4   more error rows than --max-errors
     ├── NothingToDo            exit 5   no inputs, with --fail-on-empty
     ├── StateMismatch          exit 6   an earlier run's state does not belong to this command
-    ├── ModelError             exit 7   the model or the device is unusable
+    ├── ModelError             exit 7   the model is unusable, or (DeviceLost) its device
     ├── OutputError            exit 8   the output cannot be written
     ├── TryAgain               exit 75  locked, time limit, network
     └── Stopped                exit 130, 143 or 141: a signal or a closed pipe
@@ -80,6 +80,10 @@ class ModelError(MmcliError):
     exit_code = ExitCode.MODEL
 
 
+class DeviceLost(ModelError):
+    """A device has failed, and fails from now on whatever it is asked: only another process can use it again."""
+
+
 class OutputError(MmcliError):
     exit_code = ExitCode.OUTPUT
 
@@ -118,6 +122,19 @@ class RowError(Exception):
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
         return RowError, (self.code, self.message, self.stage)
+
+
+def device_lost(error: BaseException) -> DeviceLost | None:
+    """The error that ends the run, where `error` says that a device has failed for good (torch.AcceleratorError).
+
+    Memory that ran out is none of these.
+    """
+    if type(error).__name__ != "AcceleratorError" or "out of memory" in str(error):
+        return None
+    return DeviceLost(
+        f"the device failed: {one_line(str(error).splitlines()[0])}",
+        hint="the same command with --device cpu: it goes on, and what the model cannot take becomes an error row",
+    )
 
 
 def one_line(text: str, limit: int = 500) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mmcli.core.errors import MmcliError, ModelError, RowError
+from mmcli.core.errors import MmcliError, ModelError, RowError, device_lost
 from mmcli.core.protocols import Runner
 from mmcli.core.records import Modality, Sample
 from mmcli.core.report import Report
@@ -231,6 +231,9 @@ class Forward:
 
 
 def _failure(error: Exception) -> RowError:
+    """Raises DeviceLost where it is no failure of these inputs alone."""
+    if (lost := device_lost(error)) is not None:
+        raise lost from error
     if is_out_of_memory(error):
         return RowError("oom", "not enough memory on the device for this input, even alone", stage="model")
     return RowError("invalid_output", f"the model failed: {type(error).__name__}: {error}", stage="model")

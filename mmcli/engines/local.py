@@ -179,6 +179,8 @@ class _Run:
         self.ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(READY_BATCHES)
         self.runner: Runner | None = None
         self.held: list[Window] = []
+        # Not freed before the run is: see mmcli.cli.boundary on devices that have failed.
+        self.left: list[Any] = []
         self.ended = False
         self.closing = threading.Event()
 
@@ -251,6 +253,7 @@ class _Run:
                 return
             except queue.Full:
                 continue
+        self.left.append(item)
 
     def _windows(self) -> Iterator[tuple[list[Arrived], bool]]:
         """Windows in row order, and whether nothing was on its way when they were cut."""

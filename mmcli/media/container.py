@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from mmcli.core.errors import RowError
@@ -108,9 +109,15 @@ def _open(av: Any, file: io.FileIO | io.BytesIO) -> Any:
         file,
         container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"},
         io_open=_refuse,
-        metadata_errors="replace",  # Latin-1 tags are common, and not ours to read
         buffer_size=1 << 17,
+        **_lenient(av),
     )
+
+
+@cache
+def _lenient(av: Any) -> dict[str, str]:
+    """Latin-1 tags are common, and not ours to read. PyAV 19 never fails on them, and has no such argument."""
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def _refuse(url: str, flags: int, options: dict[str, Any]) -> Any:

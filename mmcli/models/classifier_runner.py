@@ -14,9 +14,10 @@ from mmcli.models.classifier import ClassifierHead
 from mmcli.models.concurrent import concurrent
 from mmcli.models.encoder import CHANNELS_LAST, TRAINING_ONLY
 from mmcli.models.entailment import Pairs
+from mmcli.models.pending import PendingVectors
 from mmcli.models.plan import ClassificationPlan
-from mmcli.models.runner import Batch, PendingVectors, TorchRunner, Tower, load_model
-from mmcli.models.scores import PendingClassified, classified, rank
+from mmcli.models.runner import Batch, TorchRunner, Tower, load_model
+from mmcli.models.scores import PendingClassified, classify
 
 
 class _HeadRunner(TorchRunner):
@@ -51,10 +52,7 @@ class ClassifierRunner(_HeadRunner):
     def forward(self, batch: Batch) -> list[Classified] | PendingClassified:
         """One output for each input of the batch. Raises as `logits`."""
         plan = self._plan
-        ranked = rank(self.logits(batch, len(plan.labels)), plan.activation, plan.ranking)
-        if self.device.type == "cuda":
-            return PendingClassified(ranked, plan.labels, plan.ranking)
-        return classified(ranked, plan.labels, plan.ranking)
+        return classify(self.logits(batch, len(plan.labels)), plan.activation, plan.labels, plan.ranking)
 
 
 class PairRunner(_HeadRunner):

@@ -15,7 +15,7 @@ from mmcli.models.fusion_inputs import FusionProcessor, Part
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
 from mmcli.models.plan import CheckpointPlan, ClassificationPlan
 from mmcli.models.runner import Batch, Collator, TorchRunner, load_model, stack
-from mmcli.models.scores import PendingClassified, classified, rank
+from mmcli.models.scores import PendingClassified, classify
 
 
 class FusionCollator(Collator):
@@ -108,10 +108,7 @@ class FusionRunner(TorchRunner, FusionCollator):
         inputs = self.to_device(batch)
         present = inputs.pop("present")
         logits: torch.Tensor = self._model(inputs, present).logits
-        ranked = rank(logits, plan.activation, plan.ranking)
-        if self.device.type == "cuda":
-            return PendingClassified(ranked, plan.labels, plan.ranking)
-        return classified(ranked, plan.labels, plan.ranking)
+        return classify(logits, plan.activation, plan.labels, plan.ranking)
 
 
 def load(plan: ClassificationPlan, device: torch.device) -> MultimodalTransformer:

@@ -17,6 +17,7 @@ from mmcli.models.concurrent import concurrent
 from mmcli.models.device import choose_device, exact_convolutions, keep_freed_memory
 from mmcli.models.head import Similarity
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
+from mmcli.models.pending import PendingVectors
 from mmcli.models.plan import CheckpointPlan, EmbeddingPlan
 
 # Model inputs of one modality by name -> vectors [n, D], in whatever dtype.
@@ -45,20 +46,6 @@ class Batch:
 
     modality: Modality
     tensors: dict[str, torch.Tensor]
-
-
-class PendingVectors:
-    """Vectors [n, D] on their way from a CUDA device: the host goes on while it computes and copies."""
-
-    def __init__(self, vectors: torch.Tensor) -> None:
-        self._host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
-        self._host.copy_(vectors, non_blocking=True)
-        self._done = torch.cuda.current_stream(vectors.device).record_event()
-
-    def result(self) -> np.ndarray:
-        """Wait for them: float32 [n, D]. Raises RuntimeError when the device has failed meanwhile."""
-        self._done.synchronize()
-        return self._host.numpy()
 
 
 class Collator:

@@ -10,13 +10,14 @@ import torch
 
 from mmcli.core.records import Classified
 from mmcli.models.options import Ranking
+from mmcli.models.pending import PendingVectors
 
 Activation = Literal["softmax", "sigmoid"]
 
 
 @dataclass(slots=True)
 class Ranked:
-    """A batch, on its device.
+    """A batch.
 
     scores   float32 [n, k], descending
     indices  int64 [n, k], of their labels
@@ -92,11 +93,27 @@ def classified(ranked: Ranked, labels: Sequence[str], ranking: Ranking) -> list[
 
 
 class PendingClassified:
-    """Ranked on its way from a device: the host goes on until it asks for the result."""
+    """Logits on their way from a CUDA device, ranked on the host, which goes on until it asks for the result.
 
-    def __init__(self, ranked: Ranked, labels: Sequence[str], ranking: Ranking) -> None:
-        self._ranked, self._labels, self._ranking = ranked, labels, ranking
+    To look for ties on the device would be to wait for all of the batch.
+    """
+
+    def __init__(
+        self, logits: torch.Tensor, activation: Activation, labels: Sequence[str], ranking: Ranking
+    ) -> None:
+        self._logits = PendingVectors(logits.float())
+        self._activation, self._labels, self._ranking = activation, labels, ranking
 
     def result(self) -> list[Classified]:
         """Wait for them. Raises RuntimeError when the device has failed meanwhile."""
-        return classified(self._ranked, self._labels, self._ranking)
+        logits = torch.from_numpy(self._logits.result())
+        return classified(rank(logits, self._activation, self._ranking), self._labels, self._ranking)
+
+
+def classify(
+    logits: torch.Tensor, activation: Activation, labels: Sequence[str], ranking: Ranking
+) -> list[Classified] | PendingClassified:
+    """Logits [n, L] -> one output for each row."""
+    if logits.device.type == "cuda":
+        return PendingClassified(logits, activation, labels, ranking)
+    return classified(rank(logits, activation, ranking), labels, ranking)

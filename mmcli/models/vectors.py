@@ -152,14 +152,11 @@ class VectorRunner:
         """One Classified for each sample of the batch. Raises as the base does."""
         import torch
 
-        from mmcli.models.scores import PendingClassified, classified, rank
+        from mmcli.models.scores import classify
 
         with torch.inference_mode():
             logits, activation = self._logits(batch)
-            ranked = rank(logits, activation, self._plan.ranking)
-        if self.device.type == "cuda":
-            return PendingClassified(ranked, self._plan.labels, self._plan.ranking)
-        return classified(ranked, self._plan.labels, self._plan.ranking)
+            return classify(logits, activation, self._plan.labels, self._plan.ranking)
 
     def _logits(self, batch: Any) -> tuple[torch.Tensor, Any]:
         if self._head is None:

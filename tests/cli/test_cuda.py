@@ -124,11 +124,17 @@ def test_a_device_that_fails_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("\n".join(["text", *lines, ""]))
     given = ("embed", tmp_path / "in.csv", "-m", base, "--device", "cuda", "-o", tmp_path / "out.parquet")
     done = finished(*given, "--json")
-    assert done.code not in (0, 3), done.err
-    assert "stopped working" in done.err
+    assert done.code == 7, done.err
+    assert "mmcli: error: the device failed: CUDA error: device-side assert triggered" in done.err
     report = json.loads(done.err.splitlines()[-1])
     assert 0 < report["committed"] <= 2000
     assert report["errors"] == 0
+    done = finished(*[{"cuda": "cpu"}.get(str(one), one) for one in given])
+    assert done.code == 3, done.err
+    assert f"{report['committed']:,} rows are there" in done.err
+    assert [row for row, status in enumerate(column(tmp_path / "out.parquet", "status")) if status != "ok"] == [
+        2000
+    ]
 
 
 def test_a_device_that_is_not_there(cli: Cli, sample_data: Path) -> None:
@@ -149,4 +155,8 @@ def test_finetune_learns_what_it_does_on_a_cpu(precision: str, cli: Cli, tmp_pat
         assert done.code == 0, done.err
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses[device] = [line["val_loss"] for line in lines if "val_loss" in line]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if precision == "fp32" else 0.05)
+    if precision == "fp16":
+        # Behind by the first steps, which only find out by how much gradients can be scaled.
+        assert losses["cpu"][1] < losses["cuda"][1] < losses["cpu"][0]
+    else:
+        assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if precision == "fp32" else 0.05)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from engine_runs import Collected, ListSource, expected_row, plan, run_engine, text_record
 
-from mmcli.core.errors import ModelError
+from mmcli.core.errors import DeviceLost, ModelError
 from mmcli.core.report import Report
 from mmcli.engines.forward import PROBE_AFTER, UNPROVEN_FAILURES
 from mmcli.models.fake import FakePlan, FakeRunner
@@ -191,6 +191,27 @@ def test_a_device_that_is_lost_ends_the_run_without_an_error_row():
     assert output.committed == 40
     run_engine(ListSource(records), output)
     assert output.rows() == [expected_row(r) for r in records]
+
+
+def test_a_device_that_has_failed_for_good_is_not_asked_again():
+    import torch
+
+    log = Log()
+
+    class Lost(Watching):
+        def forward(self, batch):
+            if len(self.log.sizes) >= 5:
+                self.log.sizes.append(0)
+                raise torch.AcceleratorError("CUDA error: device-side assert triggered\nand what else torch says")
+            return super().forward(batch)
+
+    records, output, model = texts(1000), Collected(), plan()
+    with pytest.raises(DeviceLost, match=r"the device failed: CUDA error: device-side assert triggered$") as caught:
+        run_engine(ListSource(records), output, Watched(model, Lost(model, log)), batch_size=8, window=8)
+    assert "--device cpu" in (caught.value.hint or "")
+    assert log.sizes == [8] * 5 + [0]
+    assert output.rows() == [expected_row(r) for r in records[: output.committed]]
+    assert output.committed == 40
 
 
 @pytest.mark.parametrize("change", [lambda o: o[:-1], lambda o: np.concatenate([o, o[:1]]), lambda o: o[:0]])

@@ -19,7 +19,7 @@ DEVICE = os.environ.get("MMCLI_TEST_DEVICE", "cpu")
 
 
 def plan_of(folder: Path | str, **options: Any) -> EmbeddingPlan:
-    plan = resolve(ModelOptions(str(folder), device=DEVICE, **options))
+    plan = resolve(ModelOptions(str(folder), **{"device": DEVICE, **options}))
     assert isinstance(plan, EmbeddingPlan)
     return plan
 

@@ -21,7 +21,7 @@ import tiny_encoders
 import torch
 import transformers
 from classify_runs import ClassifyRun
-from model_runs import Run, assert_same, plan_of
+from model_runs import DEVICE, Run, assert_same, plan_of
 from safetensors.torch import load_file, save_file
 from tiny_encoders import TEXTS
 
@@ -111,7 +111,7 @@ def test_towers_of_a_script(tmp_path: Path, name: str) -> None:
     samples = [run.processor("text", text) for text in WORDS]
     inputs = run.runner.to_device(run.runner.collate(samples))  # type: ignore[attr-defined]
     with torch.inference_mode():
-        wanted = model.get_text_features(**inputs).pooler_output.numpy()
+        wanted = model.to(DEVICE).get_text_features(**inputs).pooler_output.cpu().numpy()
     assert_same(run("text", WORDS, 3, 3), wanted)
 
 

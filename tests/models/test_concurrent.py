@@ -84,7 +84,7 @@ def state_of(runner: Any) -> dict[str, Any]:
 
 def changed(folder: Path) -> tuple[str, set[str]]:
     """The type of a checkpoint, and what its forward passes put elsewhere in its modules."""
-    run, found = Run(folder), set()
+    run, found = Run(folder, device="cpu"), set()
     for modality in sorted(run.plan.modalities):
         before = state_of(run.runner)
         for payload in PAYLOADS[modality]:
@@ -112,7 +112,7 @@ def test_all_that_may_are_looked_at(tiny: Callable[[str], Path]) -> None:
 
 
 def test_batches_beside_one_another_are_those_alone(tiny: Callable[[str], Path]) -> None:
-    run = Run(tiny("bert"))
+    run = Run(tiny("bert"), device="cpu")
     samples = [run.processor("text", payload) for payload in PAYLOADS["text"]]
     batches = [run.runner.collate([samples[n % 3]] * (1 + n % 5)) for n in range(60)]
     threads = torch.get_num_threads()
@@ -132,12 +132,12 @@ def test_batches_beside_one_another_are_those_alone(tiny: Callable[[str], Path])
 
 def test_which_models_have_several(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    runner = Run(tiny("bert")).runner
+    runner = Run(tiny("bert"), device="cpu").runner
     found = runner.concurrent(4)
     assert (found.concurrency, found.threads, found.device) == (3, 2, torch.device("cpu"))
     assert runner.concurrent(2).threads == 3
     assert runner.concurrent(1) is runner
-    rotary = Run(tiny(KEEPING)).runner
+    rotary = Run(tiny(KEEPING), device="cpu").runner
     assert rotary.concurrent(4) is rotary
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert runner.concurrent(4) is runner

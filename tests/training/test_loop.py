@@ -325,7 +325,7 @@ def test_merged_differences_of_low_rank_equal_those_beside(tmp_path: Path, kind:
     objective = objective_of(base)
     trainer = trainer_of(tmp_path / "run", objective, rows, rows, options)
     trainer.train()
-    beside = trainer._parts.model.eval()
+    beside = trainer._parts.model.eval().cpu()
     merged = objective_of(tmp_path / "run" / "last").build(torch.device("cpu")).eval()
     items = [Rows(rows, objective.plan, 0)[(0, row)] for row in range(9)]
     (piece,) = objective.collate(items, 1)

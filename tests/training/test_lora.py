@@ -90,7 +90,7 @@ def test_kept_is_what_merged_is(tmp_path: Path, name: str) -> None:
     trainer = trainer_of(tmp_path / "run", objective, rows, rows, OPTIONS)
     trainer.train()
     assert trainer._lora is not None
-    merged = trainer._lora.merged()
+    merged = trainer._lora.merged().cpu()
     kept = tmp_path / "run" / "last"
     assert not (kept / "model.safetensors").exists()
     assert not (kept / "config.json").exists()
@@ -113,7 +113,7 @@ def test_merged_writes_as_what_learned(tmp_path: Path, name: str) -> None:
     trainer = trainer_of(tmp_path / "run", objective, rows, rows, replace(OPTIONS, learning_rate=0.05))
     trainer.train()
     assert trainer._lora is not None
-    model, merged = trainer._parts.model.eval(), trainer._lora.merged().eval()
+    model, merged = trainer._parts.model.eval().cpu(), trainer._lora.merged().eval().cpu()
     for part in (part for pieces in trainer.validation_batches() for piece in pieces for part in piece):
         with torch.inference_mode():
             found, wanted = (float(objective._sums(one, part).loss) for one in (merged, model))
@@ -157,7 +157,7 @@ def clip_run(tmp_path: Path) -> tuple[Path, Any, list[Any]]:
     objective, rows = objective_and_rows("clip", tmp_path)
     trainer = trainer_of(tmp_path / "run", objective, rows, rows, replace(OPTIONS, epochs=4))
     trainer.train()
-    return tmp_path / "run" / "last", trainer._parts.model.eval(), rows
+    return tmp_path / "run" / "last", trainer._parts.model.eval().cpu(), rows
 
 
 def test_the_temperature_is_kept_too(tmp_path: Path, clip_run: tuple[Path, Any, list[Any]]) -> None:
