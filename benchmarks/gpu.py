@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--scale", type=float, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--time", default="4s")
+    parser.add_argument("--time", default="4s", help="of mmcli bench; 0: none")
     parser.add_argument("--peers", nargs="*", default=["loop"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -87,16 +87,15 @@ def main() -> None:
             for dtype in options.dtypes:
                 options.dtype = dtype
                 print(f"\n{name}: {count} rows, {dtype}", flush=True)
-                found = ceilings(data, model, dtype, options.time)
-                print(in_short(found), flush=True)
-                if options.json is not None:
-                    with options.json.open("a") as file:
-                        file.write(json.dumps({"case": name, **found}) + "\n")
-                for peer in options.peers:
-                    if peer in PEERS[case.kind]:
-                        compare(
-                            sides(peer, case.kind, data, str(model), Path(folder), options), count, options.rounds
-                        )
+                if options.time != "0":
+                    found = ceilings(data, model, dtype, options.time)
+                    print(in_short(found), flush=True)
+                    if options.json is not None:
+                        with options.json.open("a") as file:
+                            file.write(json.dumps({"case": name, **found}) + "\n")
+                peers = [peer for peer in options.peers if peer in PEERS[case.kind]]
+                if peers:
+                    compare(sides(peers, case.kind, data, str(model), Path(folder), options), count, options.rounds)
 
 
 if __name__ == "__main__":

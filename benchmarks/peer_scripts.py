@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-BATCH_SIZE = 32
 Vectors = Iterator[Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Those of mmcli.
+BATCH_SIZE = 256 if DEVICE == "cuda" else 32
 
 
 class Files(torch.utils.data.Dataset):
@@ -41,8 +42,9 @@ class Files(torch.utils.data.Dataset):
 def loader(data: str, read: Callable[[Path], Any], collate: Any = None) -> Any:
     """A worker per core."""
     return torch.utils.data.DataLoader(
-        Files(data, read), batch_size=BATCH_SIZE, num_workers=os.cpu_count() or 1, collate_fn=collate
-    )
+        Files(data, read), batch_size=BATCH_SIZE, num_workers=os.cpu_count() or 1, collate_fn=collate,
+        pin_memory=DEVICE == "cuda",
+    )  # fmt: skip
 
 
 def open_rgb(path: Path) -> Any:
@@ -64,7 +66,7 @@ def loop_images(data: str, model_path: str, dtype: torch.dtype) -> Vectors:
         return processor(open_rgb(path), return_tensors="pt")["pixel_values"][0]
 
     for pixels in loader(data, read):
-        yield forward(pixel_values=pixels.to(DEVICE, dtype)).pooler_output.flatten(1)
+        yield forward(pixel_values=pixels.to(DEVICE, dtype, non_blocking=True)).pooler_output.flatten(1)
 
 
 def loop_texts(data: str, model_path: str, dtype: torch.dtype) -> Vectors:

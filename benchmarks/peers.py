@@ -67,13 +67,20 @@ class Side:
         return Timing(whole, (count - batch) / (report["wall_s"] - report["first_result_s"]))
 
 
-def sides(peer: str, kind: str, data: Path, model: str, work: Path, options: argparse.Namespace) -> list[Side]:
-    ours, theirs = work / "mmcli.parquet", work / f"{peer}.npy"
+def sides(
+    peers: list[str], kind: str, data: Path, model: str, work: Path, options: argparse.Namespace
+) -> list[Side]:
+    """mmcli, and each of the peers."""
+    ours = work / "mmcli.parquet"
     command = [sys.executable, "-m", "mmcli", "embed", str(data), "-m", model, "-o", str(ours), "--overwrite"]
     command += ["--json", "--quiet", "--dtype", options.dtype, *options.options]
     script = str(HERE / "peer_scripts.py")
-    other = [options.python, script, peer, kind, str(data), model, str(theirs), options.dtype]
-    return [Side("mmcli", command, ours), Side(peer, other, theirs)]
+    found = [Side("mmcli", command, ours)]
+    for peer in peers:
+        theirs = work / f"{peer}.npy"
+        other = [options.python, script, peer, kind, str(data), model, str(theirs), options.dtype]
+        found.append(Side(peer, other, theirs))
+    return found
 
 
 def vectors(path: Path) -> np.ndarray:
@@ -86,25 +93,29 @@ def vectors(path: Path) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def compare(both: list[Side], count: int, rounds: int) -> None:
-    timings: dict[str, list[Timing]] = {side.name: [] for side in both}
+def compare(every: list[Side], count: int, rounds: int) -> None:
+    """All sides in turn, the first of which is ours; prints rates, ratios, and how near the outputs are."""
+    timings: dict[str, list[Timing]] = {side.name: [] for side in every}
     for number in range(rounds):
         # The order alternates, so that a machine that gets slower favours nobody.
-        for side in both[:: 1 if number % 2 == 0 else -1]:
+        for side in every[:: 1 if number % 2 == 0 else -1]:
             timings[side.name].append(side.run(count))
     for name, found in timings.items():
         whole, steady = sorted(count / t.whole for t in found), sorted(t.steady for t in found)
         print(f"{name:22} rows/s: whole {_rates(whole)}, steady {_rates(steady)}")
-    ours, theirs = timings.values()
-    pairs = list(zip(ours, theirs, strict=True))
-    whole = sorted(t.whole / o.whole for o, t in pairs)
-    steady = sorted(o.steady / t.steady for o, t in pairs if t.steady)
-    print(f"{'ratio':22} whole {_rates(whole)}, steady {_rates(steady) if steady else 'not measured'}")
-    a, b = (vectors(side.out) for side in both)
-    agreement = (
-        f"least cosine {(a * b).sum(axis=1).min():.6f}" if a.shape == b.shape else f"{a.shape} and {b.shape}"
-    )
-    print(f"{'both outputs':22} {agreement}", flush=True)
+    ours = every[0]
+    for theirs in every[1:]:
+        pairs = list(zip(timings[ours.name], timings[theirs.name], strict=True))
+        whole = sorted(t.whole / o.whole for o, t in pairs)
+        steady = sorted(o.steady / t.steady for o, t in pairs if t.steady)
+        of_steady = _rates(steady) if steady else "not measured"
+        print(f"to {theirs.name:19} whole {_rates(whole)}, steady {of_steady}, {_agreement(ours.out, theirs.out)}")
+    sys.stdout.flush()
+
+
+def _agreement(ours: Path, theirs: Path) -> str:
+    a, b = vectors(ours), vectors(theirs)
+    return f"least cosine {(a * b).sum(axis=1).min():.6f}" if a.shape == b.shape else f"{a.shape} and {b.shape}"
 
 
 def _rates(rates: list[float]) -> str:
@@ -129,8 +140,7 @@ def main() -> None:
         data, made = case.write(work, count)
         model = options.model or str(made)
         print(f"{options.case}: {count} rows, {options.dtype}, {os.cpu_count()} cores, {options.rounds} rounds")
-        for peer in options.peer:
-            compare(sides(peer, case.kind, data, model, work, options), count, options.rounds)
+        compare(sides(options.peer, case.kind, data, model, work, options), count, options.rounds)
 
 
 if __name__ == "__main__":

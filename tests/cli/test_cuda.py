@@ -122,7 +122,8 @@ def test_a_device_that_fails_ends_the_run(tmp_path: Path) -> None:
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     lines = ["z" if row == 2000 else f"text {row}" for row in range(3000)]
     (tmp_path / "in.csv").write_text("\n".join(["text", *lines, ""]))
-    given = ("embed", tmp_path / "in.csv", "-m", base, "--device", "cuda", "-o", tmp_path / "out.parquet")
+    given = ("embed", tmp_path / "in.csv", "-m", base, "--device", "cuda", "--batch-size", 32)
+    given += ("-o", tmp_path / "out.parquet")
     done = finished(*given, "--json")
     assert done.code == 7, done.err
     assert "mmcli: error: the device failed: CUDA error: device-side assert triggered" in done.err
@@ -132,9 +133,8 @@ def test_a_device_that_fails_ends_the_run(tmp_path: Path) -> None:
     done = finished(*[{"cuda": "cpu"}.get(str(one), one) for one in given])
     assert done.code == 3, done.err
     assert f"{report['committed']:,} rows are there" in done.err
-    assert [row for row, status in enumerate(column(tmp_path / "out.parquet", "status")) if status != "ok"] == [
-        2000
-    ]
+    failed = [row for row, status in enumerate(column(tmp_path / "out.parquet", "status")) if status != "ok"]
+    assert failed == [2000]
 
 
 def test_a_device_that_is_not_there(cli: Cli, sample_data: Path) -> None:

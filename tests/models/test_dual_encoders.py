@@ -15,7 +15,7 @@ import pytest
 import tiny_dual
 import torch
 import transformers as hf
-from model_runs import Run, assert_same, plan_of
+from model_runs import DEVICE, Run, assert_same, plan_of
 from PIL import Image
 
 from mmcli.core.errors import RowError
@@ -243,6 +243,8 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(tiny: Callable[[str],
 
 def test_patches_of_another_size(tmp_path: Path) -> None:
     """Siglip2Processor ignores the saved patch size and number of patches; its image processor does not."""
+    if DEVICE != "cpu":
+        pytest.skip("on a CPU, which the reference is on, torch resizes positions wrongly to a width of 1")
     folder = tiny_dual.siglip2(tmp_path / "small", patch_size=8, max_num_patches=20)
     processor = hf.AutoImageProcessor.from_pretrained(folder)
     model = hf.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
