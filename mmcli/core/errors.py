@@ -133,7 +133,7 @@ def device_lost(error: BaseException) -> DeviceLost | None:
         return None
     return DeviceLost(
         f"the device failed: {one_line(str(error).splitlines()[0])}",
-        hint="the same command again, which goes on; with --device cpu it names an input that the model cannot take",
+        hint="the same command again, which goes on; with --device cpu it names what the model cannot take",
     )
 
 
