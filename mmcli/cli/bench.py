@@ -50,7 +50,9 @@ class BenchRunArguments:
         str | None,
         _option(RUN, "--rows", "N", "Rows of each measurement [as many as its time allows; inputs come again]."),
     ] = None
-    batch_size: Annotated[str, _option(RUN, "--batch-size", "N", "Inputs per forward pass.")] = "auto"
+    batch_size: Annotated[
+        str, _option(RUN, "--batch-size", "N", "Inputs per forward pass; auto: texts by tokens.")
+    ] = "auto"
     num_workers: Annotated[
         str, _option(RUN, "--num-workers", "N", "Decode processes; 0: none, and no protection from crashes.")
     ] = "auto"

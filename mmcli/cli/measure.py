@@ -42,6 +42,7 @@ from mmcli.cli.run import (
     list_inputs,
     open_decoder,
     open_nursery,
+    tokens_of,
     windows_of,
 )
 from mmcli.cli.signals import Signals
@@ -51,6 +52,7 @@ from mmcli.core.report import Report
 
 if TYPE_CHECKING:
     from mmcli.engines.ceilings import Ceilings, Decoding, Rate
+    from mmcli.engines.local import LocalOptions
 
 TASKS = ("embed", "caption", "ask", "classify")
 # A run that reaches less than this of its ceiling has another limit, too.
@@ -85,7 +87,7 @@ class Measured:
     setting: Setting
     decoding: Decoding
     ceilings: Ceilings
-    batch_size: int
+    options: LocalOptions
     whole: Rate
     report: Report
     load: float
@@ -171,7 +173,7 @@ class _Bench:
 
     def _measure(self, arguments: Arguments, folder: Path, load: float) -> Measured:
         from mmcli.engines.ceilings import Ceilings
-        from mmcli.engines.local import device_of
+        from mmcli.engines.local import LocalOptions, device_of
 
         problems = Problems()
         bounds, planner = self._bounds(problems), self._planner(arguments, problems)
@@ -188,18 +190,19 @@ class _Bench:
             if not snapshot.rows:
                 raise ConfigError("there is nothing to measure")
             batch_size = prepared.limits.batch_size or auto_batch_size(prepared)
-            window = windows_of(batch_size, snapshot, prepared).size
+            windows, tokens = windows_of(batch_size, snapshot, prepared), tokens_of(prepared)
             # By the clock it is a part of a long job.
             limits = replace(prepared.limits, concurrency=concurrency_of(bounds.rows, batch_size))
             prepared = replace(prepared, limits=limits)
-            decoding = self._decode(prepared, snapshot, bounds, window)
+            decoding = self._decode(prepared, snapshot, bounds, windows.size)
         runner = self._load(prepared)
-        model = self._forward(runner, decoding, batch_size, limits.concurrency or 1, window, bounds)
+        options = LocalOptions(batch_size, windows, tokens, limits.concurrency or 1)
+        model = self._forward(runner, decoding, options, bounds)
         greedy = device_of(runner) == "cpu" and decoding.report.num_workers >= report.cores
         ceilings = Ceilings(decoding.rate, model, report.cores, greedy)
-        ran, whole = self._whole(prepared, runner, bounds, ceilings, window)
+        ran, whole = self._whole(prepared, runner, bounds, ceilings, windows.size)
         setting = Setting.of(ran, arguments, prepared.planned.plan)
-        return Measured(setting, decoding, ceilings, batch_size, whole, ran, load)
+        return Measured(setting, decoding, ceilings, options, whole, ran, load)
 
     def _bounds(self, problems: Problems) -> Bounds:
         """Problems of bench's own options are added."""
@@ -259,16 +262,14 @@ class _Bench:
         plan, ready = prepared.planned.plan, prepared.planned.ready
         return (plan if ready is None else ready(prepared)).load()
 
-    def _forward(
-        self, runner: Runner, decoding: Decoding, batch_size: int, concurrency: int, window: int, bounds: Bounds
-    ) -> Rate:
+    def _forward(self, runner: Runner, decoding: Decoding, options: LocalOptions, bounds: Bounds) -> Rate:
         from mmcli.engines.ceilings import measure_model
 
-        self.messages.note(f"the model alone: {_extent(bounds)}, {batch_size} at once")
+        self.messages.note(f"the model alone: {_extent(bounds)}, {_at_once(options)}")
         several = getattr(runner, "concurrent", None)
-        together: Any = runner if several is None else several(concurrency)
+        together: Any = runner if several is None else several(options.concurrency)
         try:
-            return measure_model(together, decoding.kept, batch_size, window, bounds.seconds)
+            return measure_model(together, decoding.kept, options, bounds.seconds)
         finally:
             if together is not runner:
                 together.close()
@@ -351,7 +352,12 @@ def _decoding(found: Measured) -> str:
 def _model(found: Measured) -> str:
     setting = found.setting
     where = f" on {setting.device}" if setting.device else ""
-    return f"{setting.dtype or 'no weights'}{where}, {found.batch_size} at once"
+    return f"{setting.dtype or 'no weights'}{where}, {_at_once(found.options)}"
+
+
+def _at_once(options: LocalOptions) -> str:
+    texts = "" if options.tokens is None else f" (texts of {options.tokens:,} tokens)"
+    return f"{options.batch_size} at once{texts}"
 
 
 def to_dict(found: Measured, model: str | None, task: str) -> dict[str, Any]:
@@ -362,7 +368,8 @@ def to_dict(found: Measured, model: str | None, task: str) -> dict[str, Any]:
         "task": task,
         "device": setting.device,
         "dtype": setting.dtype,
-        "batch_size": found.batch_size,
+        "batch_size": found.options.batch_size,
+        "batch_tokens": found.options.tokens,
         "num_workers": setting.num_workers,
         "cores": setting.cores,
         "load_average": round(found.load, 2),

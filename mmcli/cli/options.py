@@ -515,7 +515,9 @@ class SidecarArguments:
 class RunArguments:
     """How to run; none of these changes a row (but the seed)."""
 
-    batch_size: Annotated[str, _option(RUN, "--batch-size", "N", "Inputs per forward pass.")] = "auto"
+    batch_size: Annotated[
+        str, _option(RUN, "--batch-size", "N", "Inputs per forward pass; auto: texts by tokens.")
+    ] = "auto"
     num_workers: Annotated[
         str, _option(RUN, "--num-workers", "N", "Decode processes; 0: none, and no protection from crashes.")
     ] = "auto"

@@ -16,6 +16,7 @@ from mmcli.core.report import Report
 from mmcli.engines.batching import WINDOW_BYTES, Arrived, Window, batches
 from mmcli.engines.forward import Collated, Forward, Launched
 from mmcli.engines.intake import BLOCK_ROWS, Intake
+from mmcli.engines.local import LocalOptions
 
 # Batches that are made ready, before the clock runs, and computed one behind the other.
 READY = 8
@@ -199,13 +200,14 @@ def _errors(rows: Sequence[Arrived]) -> Counter[str]:
     return found
 
 
-def measure_model(runner: Runner, rows: Sequence[Arrived], batch_size: int, window: int, seconds: float) -> Rate:
+def measure_model(runner: Runner, rows: Sequence[Arrived], options: LocalOptions, seconds: float) -> Rate:
     """The forward pass alone, over batches of `rows` as a run forms them, again and again for `seconds`.
 
     Batches are made ready while the clock stands still, and a quarter of the time goes to warming up before. A
     slow model takes longer: one batch to warm up, one to measure.
     """
-    forward = Forward(runner, Report(), batch_size, known_to_work=True)
+    forward = Forward(runner, Report(), options.batch_size, known_to_work=True, tokens=options.tokens)
+    window = options.windows.size
     formed = [
         batch for start in range(0, len(rows), window) for batch in _batches(rows[start : start + window], forward)
     ]

@@ -99,12 +99,14 @@ class LocalOptions:
 
     batch_size    samples per forward pass
     windows       which rows are batched together (see engines.batching.window_sizes)
+    tokens        of a forward pass of texts, instead of samples (see mmcli.engines.forward)
     concurrency   batches that a model may compute at once, where it can (see mmcli.core.protocols.Runner)
     time_limit_s  stop, commit and raise TryAgain after this long
     """
 
     batch_size: int
     windows: WindowSizes
+    tokens: int | None = None
     concurrency: int = 1
     time_limit_s: float | None = None
     budget: ErrorBudget = field(default_factory=ErrorBudget)
@@ -198,7 +200,8 @@ class _Run:
             with report.timed("load"):
                 known_to_work = work.start_row > 0 or work.previous is not None
                 self.runner = self._load()
-                forward = Forward(self.runner, report, self.options.batch_size, known_to_work)
+                size, tokens = self.options.batch_size, self.options.tokens
+                forward = Forward(self.runner, report, size, known_to_work, tokens)
             layout = Layout.of(work.task, work.source)
             writer = PartWriter(work.output, layout, self.options.parts, report, work.start_row)
             threading.Thread(target=self._collate, args=(forward,), name="mmcli-collate", daemon=True).start()

@@ -85,6 +85,7 @@ class CheckpointPlan:
 
     loader  "module:function" that loads the weights: (plan, device) -> what the plan's runner calls
     detail  what the family needs to know beside (its table's row)
+    learns  whether the weights are to change once they are loaded
     """
 
     checkpoint: Checkpoint
@@ -97,6 +98,7 @@ class CheckpointPlan:
     device: str
     attn_implementation: str | None
     compile: bool
+    learns: bool = False
 
     @property
     def modalities(self) -> frozenset[Modality]:

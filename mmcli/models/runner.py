@@ -17,6 +17,7 @@ from mmcli.models.concurrent import concurrent
 from mmcli.models.device import choose_device, exact_convolutions, keep_freed_memory
 from mmcli.models.head import Similarity
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
+from mmcli.models.packed import pack
 from mmcli.models.pending import PendingVectors
 from mmcli.models.plan import CheckpointPlan, EmbeddingPlan
 
@@ -197,7 +198,10 @@ def load_model(
             f"it was saved as {', '.join(checkpoint.config.architectures or ['another class'])}",
             hint="another --pooling does without it" if all(k.startswith("pooler.") for k in missing) else None,
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if device.type == "cpu" and not (plan.learns or plan.compile):
+        pack(model)
+    return model
 
 
 def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = False) -> torch.Tensor:

@@ -129,7 +129,7 @@ class CheckpointNetwork:
                 maker = getattr(made, "from_config", None) or made._from_config
                 model = maker(config, attn_implementation=plan.attn_implementation)
             else:
-                model = load_model(made, plan, device)
+                model = load_model(made, replace(plan, learns=True), device)
         except MmcliError:
             raise
         except Exception as error:

@@ -89,7 +89,7 @@ class Answers:
     ) -> tuple[Any, nn.Module, frozenset[str]]:
         """With a new last layer where the answers are new."""
         loader = "mmcli.training.write_answers:load_untrained" if from_config else plan.loader
-        runner: Any = replace(plan, device=str(device), loader=loader).load()
+        runner: Any = replace(plan, device=str(device), loader=loader, learns=True).load()
         return runner, runner.loaded.model, runner.loaded.new
 
     def targets(self, samples: Sequence[Sample], references: Sequence[tuple[str, ...]]) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Tokens:
         self, plan: GenerationPlan, device: torch.device, from_config: bool
     ) -> tuple[Any, nn.Module, frozenset[str]]:
         """As inference loads it."""
-        wanted = replace(plan, device=str(device))
+        wanted = replace(plan, device=str(device), learns=True)
         if from_config:
             with tempfile.TemporaryDirectory(prefix="mmcli-") as folder:
                 return self._loaded(_untrained(wanted, Path(folder)))

@@ -116,7 +116,7 @@ def run_engine(
     """Run, from the first row that `output` does not have; raises what the engine raises."""
     model = model or plan()
     timeout_s = work.pop("timeout_s", 30.0)
-    options = {n: work.pop(n) for n in ("time_limit_s", "budget") if n in work}
+    options = {n: work.pop(n) for n in ("tokens", "time_limit_s", "budget") if n in work}
     report = work.pop("report", None) or Report()
     run(
         Work(

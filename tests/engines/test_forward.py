@@ -14,8 +14,9 @@ import pytest
 from engine_runs import Collected, ListSource, expected_row, plan, run_engine, text_record
 
 from mmcli.core.errors import DeviceLost, ModelError
+from mmcli.core.records import Sample
 from mmcli.core.report import Report
-from mmcli.engines.forward import PROBE_AFTER, UNPROVEN_FAILURES
+from mmcli.engines.forward import PROBE_AFTER, UNPROVEN_FAILURES, Forward
 from mmcli.models.fake import FakePlan, FakeRunner
 
 
@@ -75,12 +76,11 @@ def texts(count: int, length=lambda i: 8):
     return [text_record(i, f"{i:04d}".ljust(length(i), "x")) for i in range(count)]
 
 
-def run_watched(records, runner_of, batch_size=32, window=None, **options):
+def run_watched(records, runner_of, batch_size=32, window=None, tokens=None, **options):
     model, log = plan(**options), Log()
     output = Collected()
-    report = run_engine(
-        ListSource(records), output, Watched(model, runner_of(model, log)), batch_size=batch_size, window=window
-    )
+    watched = Watched(model, runner_of(model, log))
+    report = run_engine(ListSource(records), output, watched, batch_size=batch_size, window=window, tokens=tokens)
     assert output.rows() == [expected_row(r) for r in records]
     return log, report
 
@@ -102,6 +102,26 @@ def test_one_long_input_does_not_make_the_batches_of_short_ones_small():
     assert report.oom_halvings == 4
     # The long one is in memory with one other; all others go on by 32.
     assert log.sizes.count(32) >= 7
+
+
+def test_batches_of_texts_have_a_number_of_tokens():
+    """Padded to the longest: one of 1,000 alone, and short ones many at once, whatever the batch size says."""
+    records = [text_record(0, "x" * 1000)] + [text_record(i, "x" * 30) for i in range(1, 64)]
+    log, report = run_watched(records, Watching, batch_size=8, window=64, tokens=300)
+    assert log.sizes == [1, *[10] * 6, 3]
+    assert report.oom_halvings == 0
+
+
+def test_other_inputs_have_the_batch_size():
+    forward = Forward(FakeRunner(plan()), Report(), 8, tokens=300)
+    assert forward.max_cost(Sample("text", {}, length=100)) == 3
+    assert forward.max_cost(Sample("audio", {}, length=100)) == 8
+
+
+def test_batches_of_texts_that_memory_does_not_hold():
+    log, report = run_watched(texts(256), Watching, batch_size=8, window=256, tokens=100_000, oom=40)
+    assert report.oom_halvings == 3
+    assert max(log.sizes[3:]) <= 40
 
 
 def test_an_input_too_large_for_the_device_is_a_row():

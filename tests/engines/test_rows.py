@@ -60,15 +60,17 @@ SHAPES = {
     "part_rows": st.integers(1, 50),
     "oom": st.none() | st.integers(1, 6),
     "both": st.integers(1, 3),
+    "tokens": st.none() | st.integers(1, 60),
 }
 
 
 @given(inputs=record_lists(), **SHAPES)
 @settings(max_examples=150, deadline=None)
-def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_rows, oom, both):
+def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_rows, oom, both, tokens):
     slots, records = inputs
     output = Collected()
     arguments = {"batch_size": batch_size, "window": window, "first": first, "parts": PartLimits(rows=part_rows)}
+    arguments["tokens"] = tokens
     if broken_for_all(records):
         with pytest.raises(ModelError, match=r"failed on all its inputs: .* told to fail"):
             run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom, both=both), **arguments)
@@ -84,15 +86,16 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_ro
 
 @given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
 @settings(max_examples=12, deadline=None)
-def test_decode_processes_change_nothing(inputs, workers, seed, batch_size, window, first, part_rows, oom, both):
+def test_decode_processes_change_nothing(
+    inputs, workers, seed, batch_size, window, first, part_rows, oom, both, tokens
+):
     slots, records = inputs
     records.append(text_record(len(records), *["always one that works"] * slots))
     output = Collected()
     parts = PartLimits(rows=part_rows)
     source = ListSource(records, SLOTS[slots])
-    run_engine(
-        source, output, plan(oom=oom, both=both), workers=workers, batch_size=batch_size, window=window, parts=parts
-    )
+    shape = {"batch_size": batch_size, "window": window, "first": first, "parts": parts, "tokens": tokens}
+    run_engine(source, output, plan(oom=oom, both=both), workers=workers, **shape)
     assert output.rows() == expected_rows(slots, records)
 
 
@@ -105,7 +108,7 @@ def test_a_run_that_is_broken_off_at_any_commit_goes_on_where_it_was(inputs, kil
     output = Collected()
     for kill in [*kills, None]:
         output.fail_at = None if kill is None else len(output.tables) + kill
-        shape = {name: data.draw(SHAPES[name]) for name in ("batch_size", "window")}
+        shape = {name: data.draw(SHAPES[name]) for name in ("batch_size", "window", "tokens")}
         parts = PartLimits(rows=data.draw(SHAPES["part_rows"]))
         before = output.committed
         try:

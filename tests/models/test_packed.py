@@ -1,0 +1,112 @@
+"""Packed linear layers: the same numbers as torch's own, in any shape; never where weights may still change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_encoders
+import torch
+from model_runs import plan_of
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mmcli.models import packed
+from mmcli.models.packed import PackedConv1D, PackedLinear, pack
+
+pytestmark = pytest.mark.skipif(not packed._available(), reason="torch packs no layers on this machine")
+
+INPUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
+    "one row": lambda dtype: torch.randn(1, 96, dtype=dtype),
+    "no batch": lambda dtype: torch.randn(96, dtype=dtype),
+    "tokens": lambda dtype: torch.randn(3, 17, 96, dtype=dtype),
+    "tokens of clips": lambda dtype: torch.randn(2, 3, 5, 96, dtype=dtype),
+    "no rows": lambda dtype: torch.randn(0, 96, dtype=dtype),
+    "no tokens": lambda dtype: torch.randn(4, 0, 96, dtype=dtype),
+    "first tokens": lambda dtype: torch.randn(3, 17, 96, dtype=dtype)[:, 0],
+    "transposed": lambda dtype: torch.randn(3, 96, 17, dtype=dtype).transpose(1, 2),
+    "expanded": lambda dtype: torch.randn(3, 1, 96, dtype=dtype).expand(3, 7, 96),
+}
+
+
+def layer_of(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "Conv1D":
+        layer = Conv1D(160, 96)
+        nn.init.normal_(layer.bias)
+        return layer
+    return nn.Linear(96, 160, bias=kind == "Linear")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["Linear", "Linear without bias", "Conv1D"])
+@pytest.mark.parametrize("shape", INPUTS)
+def test_the_numbers_are_those_of_torch(shape: str, kind: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(layer_of(kind)).to(dtype).eval()
+    inputs = INPUTS[shape](dtype)
+    weight = model[0].weight.T if kind == "Conv1D" else model[0].weight
+    bias = 0 if model[0].bias is None else model[0].bias.double()
+    wanted = inputs.double() @ weight.double().T + bias
+    with torch.inference_mode():
+        assert pack(model) == 1
+        found = model(inputs)
+    assert found.dtype == dtype
+    # bfloat16 has 8 bits.
+    exact = dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if exact else 2**-8, atol=1e-5 if exact else 1e-3)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    model = nn.Sequential(nn.Linear(384, 384), nn.GELU(), nn.Linear(384, 1536)).eval()
+    pack(model)
+    rows = torch.randn(700, 384)
+    with torch.inference_mode():
+        together = model(rows)
+        alone = torch.cat([model(row[None]) for row in rows[::50]])
+    torch.testing.assert_close(together[::50], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_packed_does_not_learn() -> None:
+    model = nn.Sequential(nn.Linear(96, 96))
+    pack(model)
+    with pytest.raises(RuntimeError, match="do not learn"):
+        model(torch.randn(2, 96))
+
+
+def test_weights_that_memory_does_not_hold_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(96, 96))
+    monkeypatch.setattr(packed, "_memory", lambda: 4 * 96 * 96 * 4 - 1)
+    assert pack(model) == 0
+    monkeypatch.setattr(packed, "_memory", lambda: 4 * 96 * 96 * 4)
+    assert pack(model) == 1
+
+
+def test_small_layers_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 97 * 96)
+    model = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 97))
+    assert pack(model) == 1
+    assert [type(layer) for layer in model] == [nn.Linear, PackedLinear]
+
+
+def test_other_kinds_of_layers_are_left_as_they_are() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Scaled(96, 96), Conv1D(96, 96), nn.MultiheadAttention(96, 2))
+    assert pack(model) == 1
+    assert isinstance(model[1], PackedConv1D)
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, True), ({"compile": True}, False), ({"learns": True}, False)])
+def test_models_that_only_compute_are_packed(options: dict[str, bool], count: bool, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from transformers import AutoModel
+
+    from mmcli.models.runner import load_model
+
+    plan = plan_of(tiny_encoders.TEXTS["bert"](tmp_path / "bert"), device="cpu")
+    model = load_model(AutoModel, replace(plan, **options), torch.device("cpu"))
+    assert any(isinstance(layer, PackedLinear) for layer in model.modules()) == count
