@@ -42,7 +42,7 @@ from mmcli.cli.run import (
     list_inputs,
     open_decoder,
     open_nursery,
-    tokens_of,
+    sized,
     windows_of,
 )
 from mmcli.cli.signals import Signals
@@ -190,13 +190,13 @@ class _Bench:
             if not snapshot.rows:
                 raise ConfigError("there is nothing to measure")
             batch_size = prepared.limits.batch_size or auto_batch_size(prepared)
-            windows, tokens = windows_of(batch_size, snapshot, prepared), tokens_of(prepared)
+            windows, size = windows_of(batch_size, snapshot, prepared), sized(batch_size, prepared)
             # By the clock it is a part of a long job.
             limits = replace(prepared.limits, concurrency=concurrency_of(bounds.rows, batch_size))
             prepared = replace(prepared, limits=limits)
             decoding = self._decode(prepared, snapshot, bounds, windows.size)
         runner = self._load(prepared)
-        options = LocalOptions(batch_size, windows, tokens, limits.concurrency or 1)
+        options = LocalOptions(size, windows, limits.concurrency or 1)
         model = self._forward(runner, decoding, options, bounds)
         greedy = device_of(runner) == "cpu" and decoding.report.num_workers >= report.cores
         ceilings = Ceilings(decoding.rate, model, report.cores, greedy)
@@ -356,8 +356,12 @@ def _model(found: Measured) -> str:
 
 
 def _at_once(options: LocalOptions) -> str:
-    texts = "" if options.tokens is None else f" (texts of {options.tokens:,} tokens)"
-    return f"{options.batch_size} at once{texts}"
+    size, others = options.batch_size, []
+    if size.tokens is not None:
+        others.append(f"texts of {size.tokens:,} tokens")
+    if size.audio is not None:
+        others.append(f"sounds of {size.audio / 2**20:g} MB")
+    return f"{size.samples} at once" + (f" ({', '.join(others)})" if others else "")
 
 
 def to_dict(found: Measured, model: str | None, task: str) -> dict[str, Any]:
@@ -368,8 +372,9 @@ def to_dict(found: Measured, model: str | None, task: str) -> dict[str, Any]:
         "task": task,
         "device": setting.device,
         "dtype": setting.dtype,
-        "batch_size": found.options.batch_size,
-        "batch_tokens": found.options.tokens,
+        "batch_size": found.options.batch_size.samples,
+        "batch_tokens": found.options.batch_size.tokens,
+        "batch_audio_bytes": found.options.batch_size.audio,
         "num_workers": setting.num_workers,
         "cores": setting.cores,
         "load_average": round(found.load, 2),

@@ -22,7 +22,7 @@ from mmcli.core.protocols import Decoder, ModelPlan, Snapshot
 from mmcli.core.report import Report
 
 if TYPE_CHECKING:
-    from mmcli.engines.batching import WindowSizes
+    from mmcli.engines.batching import BatchSize, WindowSizes
     from mmcli.media.pool import Nursery
 
 # What a forward pass takes when --batch-size is auto. On two CPU cores 8 to 64 are equally fast; a GPU wants more.
@@ -35,6 +35,10 @@ AUTO_BATCH_CPU_CAPTIONS = 64
 # MiniLM's size on two cores, seconds of the model, three runs in turn: 32 texts 6.7, 512 tokens 4.7, 1,024 5.2,
 # 2,048 5.8; 6,000 of 1 to 12 words 8.5, 7.8, 8.3, 8.3. What a GPU wants is not measured.
 AUTO_TOKENS_CPU, AUTO_TOKENS_GPU = 512, 32_768
+# Of sounds as many as have so many bytes of model inputs, on a CPU for each of its cores: 16 s of 16 kHz. The first
+# convolutions make 120 times as much of them. 60 sounds of 1 to 15 s through a small Wav2Vec2 on two cores, seconds
+# of the model, three runs in turn: 32 sounds at once 8.0, 8 3.5, 4 3.3, 2 4.0, 1 4.4. A GPU's are not measured.
+AUTO_AUDIO_CPU, AUTO_AUDIO_GPU = 2**20, 2**25
 MAX_AUTO_WORKERS = 32
 # Tasks whose models read, and do not write.
 READING = ("embed", "classify")
@@ -180,9 +184,8 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
     limits = prepared.limits
     batch_size = limits.batch_size or auto_batch_size(prepared)
     options = LocalOptions(
-        batch_size=batch_size,
+        batch_size=sized(batch_size, prepared),
         windows=windows_of(batch_size, snapshot, prepared),
-        tokens=tokens_of(prepared),
         concurrency=limits.concurrency or concurrency_of(snapshot.rows, batch_size, target.output.immediate),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
@@ -226,15 +229,17 @@ def auto_batch_size(prepared: Prepared) -> int:
     return AUTO_BATCH_CPU_CAPTIONS if captions else AUTO_BATCH_CPU
 
 
-def tokens_of(prepared: Prepared) -> int | None:
-    """Those of a batch of texts; None where a number of inputs was asked for, or the model writes."""
-    if prepared.limits.batch_size is not None or prepared.planned.task.name not in READING:
-        return None
-    if hasattr(prepared.planned.plan, "writer"):
-        return None
+def sized(batch_size: int, prepared: Prepared) -> BatchSize:
+    """So many samples; texts and sounds by their lengths, where no number was asked for and no model writes."""
+    from mmcli.engines.batching import BatchSize
+
+    writes = prepared.planned.task.name not in READING or hasattr(prepared.planned.plan, "writer")
+    if prepared.limits.batch_size is not None or writes:
+        return BatchSize(batch_size)
     if _on_gpu(prepared):
-        return AUTO_TOKENS_GPU
-    return AUTO_TOKENS_CPU * max(1, parse.available_cores() // MAX_CONCURRENCY)
+        return BatchSize(batch_size, AUTO_TOKENS_GPU, AUTO_AUDIO_GPU)
+    cores = parse.available_cores()
+    return BatchSize(batch_size, AUTO_TOKENS_CPU * max(1, cores // MAX_CONCURRENCY), AUTO_AUDIO_CPU * cores)
 
 
 def _on_gpu(prepared: Prepared) -> bool:

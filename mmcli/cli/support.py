@@ -266,7 +266,7 @@ def embedded(
     By the engine that rows are computed by: in workers that may die, with the batches of any run. Raises Stopped,
     TryAgain, ModelError.
     """
-    from mmcli.engines.batching import window_sizes
+    from mmcli.engines.batching import BatchSize, window_sizes
     from mmcli.engines.local import LocalOptions, StopFlag, Work, run
     from mmcli.media.pool import DecodePool, InlineDecoder
     from mmcli.tasks.embed import Embed
@@ -277,10 +277,10 @@ def embedded(
         else InlineDecoder(base, base.decode)
     )
     size = base.plan.embedding_size
-    kept, stop = _Collected(), StopFlag()
+    kept, stop, windows = _Collected(), StopFlag(), window_sizes(how.batch_size, lengths_vary=True)
     work = Work(source, decoder, base, Embed(size), kept, report, stop, want_signatures=False)
     with signals.asking(stop.request):
-        run(work, LocalOptions(how.batch_size, window_sizes(how.batch_size, True), time_limit_s=how.time_limit_s))
+        run(work, LocalOptions(BatchSize(how.batch_size), windows, time_limit_s=how.time_limit_s))
     return kept.vectors(size), kept.failed
 
 

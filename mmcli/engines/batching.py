@@ -114,6 +114,29 @@ def _plain(known: Sequence[Any], outputs: Sequence[Sequence[Any]]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchSize:
+    """How many samples go through a model at once.
+
+    samples  of those for which nothing else is said; a clip of 8 frames is 8
+    tokens   of a batch of texts, with its padding, whatever their number
+    audio    bytes of the model inputs of a batch of sounds whose lengths vary, with its padding
+    """
+
+    samples: int
+    tokens: int | None = None
+    audio: int | None = None
+
+    def most(self, longest: Sample) -> int:
+        """What a batch that begins with its longest sample may cost (see Sample.cost)."""
+        if longest.modality == "text" and self.tokens is not None:
+            return max(1, self.tokens // max(1, longest.length)) * longest.cost
+        # Spectrograms of one shape gain nothing: no convolutions that make them larger.
+        if longest.modality == "audio" and self.audio is not None and longest.length:
+            return max(1, self.audio // max(1, nbytes(longest))) * longest.cost
+        return self.samples
+
+
+@dataclass(frozen=True, slots=True)
 class WindowSizes:
     """Where windows begin and end, by the number of the row alone.
 
@@ -214,6 +237,11 @@ def cut(samples: Sequence[Sample], max_cost: int) -> int:
         if cost > max_cost and count:
             return count
     return len(samples)
+
+
+def nbytes(sample: Sample) -> int:
+    """Of its model inputs."""
+    return sum(array.nbytes for array in sample.arrays.values())
 
 
 def _modality(record: Record, known: Sequence[Modality | RowError]) -> str | None:

@@ -206,7 +206,7 @@ def measure_model(runner: Runner, rows: Sequence[Arrived], options: LocalOptions
     Batches are made ready while the clock stands still, and a quarter of the time goes to warming up before. A
     slow model takes longer: one batch to warm up, one to measure.
     """
-    forward = Forward(runner, Report(), options.batch_size, known_to_work=True, tokens=options.tokens)
+    forward = Forward(runner, Report(), options.batch_size, known_to_work=True)
     window = options.windows.size
     formed = [
         batch for start in range(0, len(rows), window) for batch in _batches(rows[start : start + window], forward)

@@ -13,7 +13,7 @@ from mmcli.core.errors import MmcliError, ModelError, RowError, device_lost
 from mmcli.core.protocols import Runner
 from mmcli.core.records import Modality, Sample
 from mmcli.core.report import Report
-from mmcli.engines.batching import cut
+from mmcli.engines.batching import BatchSize, cut
 
 Output = Any | RowError
 
@@ -60,21 +60,13 @@ class Forward:
     longest first. `collate` may be called from another thread; everything else belongs to one thread.
 
     known_to_work  an earlier run has finished rows with this model
-    tokens         those of a batch of texts, with padding, which `batch_size` says nothing of then; None: it does
     concurrency    how many batches the runner computes at once
     failures       inputs that have failed since the model last worked: until it works again, or `settle` returns,
                    it is not known whether they or the model are at fault
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        report: Report,
-        batch_size: int,
-        known_to_work: bool = False,
-        tokens: int | None = None,
-    ) -> None:
-        self._runner, self._report, self._batch_size, self._tokens = runner, report, batch_size, tokens
+    def __init__(self, runner: Runner, report: Report, batch_size: BatchSize, known_to_work: bool = False) -> None:
+        self._runner, self._report, self._batch_size = runner, report, batch_size
         self._known_to_work = known_to_work
         self._limits: dict[Modality, int] = {}
         self._collating = threading.Lock()
@@ -87,11 +79,8 @@ class Forward:
 
     def max_cost(self, longest: Sample) -> int:
         """What a batch that begins with this sample may cost (see Sample.cost)."""
-        most, length = self._batch_size, max(1, longest.length)
-        if self._tokens is not None and longest.modality == "text":
-            most = max(1, self._tokens // length)
-        limit = self._limits.get(longest.modality)
-        return most if limit is None else min(most, limit // length)
+        most, limit = self._batch_size.most(longest), self._limits.get(longest.modality)
+        return most if limit is None else min(most, limit // max(1, longest.length))
 
     def collate(self, samples: Sequence[Sample]) -> Collated:
         """The batch of `samples`. An input that cannot be collated is found out by `finish`."""

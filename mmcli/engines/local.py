@@ -22,7 +22,7 @@ from typing import Any
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
 from mmcli.core.protocols import Decoder, ModelPlan, Output, Previous, Runner, Source, Task
 from mmcli.core.report import Report
-from mmcli.engines.batching import Arrived, Slot, Window, Windows, WindowSizes, batches
+from mmcli.engines.batching import Arrived, BatchSize, Slot, Window, Windows, WindowSizes, batches
 from mmcli.engines.forward import Collated, Forward, Launched
 from mmcli.engines.intake import BLOCK_ROWS, Intake, Reuse
 from mmcli.engines.table import Layout
@@ -97,16 +97,14 @@ class ErrorBudget:
 class LocalOptions:
     """How to run; nothing here changes a row.
 
-    batch_size    samples per forward pass
+    batch_size    of a forward pass
     windows       which rows are batched together (see engines.batching.window_sizes)
-    tokens        of a forward pass of texts, instead of samples (see mmcli.engines.forward)
     concurrency   batches that a model may compute at once, where it can (see mmcli.core.protocols.Runner)
     time_limit_s  stop, commit and raise TryAgain after this long
     """
 
-    batch_size: int
+    batch_size: BatchSize
     windows: WindowSizes
-    tokens: int | None = None
     concurrency: int = 1
     time_limit_s: float | None = None
     budget: ErrorBudget = field(default_factory=ErrorBudget)
@@ -170,7 +168,7 @@ class _Run:
         self.first = options.windows.around(work.start_row).start
         # Two windows, so that one fills while the other is in the model; what waits in between; and enough to
         # keep the decode workers busy.
-        ahead = 2 * options.windows.size + (READY_BATCHES + 1 + options.concurrency) * options.batch_size
+        ahead = 2 * options.windows.size + (READY_BATCHES + 1 + options.concurrency) * options.batch_size.samples
         reuse = Reuse(work.previous, work.task, work.source.slots) if work.previous is not None else None
         self.intake = Intake(
             work.source,
@@ -200,8 +198,7 @@ class _Run:
             with report.timed("load"):
                 known_to_work = work.start_row > 0 or work.previous is not None
                 self.runner = self._load()
-                size, tokens = self.options.batch_size, self.options.tokens
-                forward = Forward(self.runner, report, size, known_to_work, tokens)
+                forward = Forward(self.runner, report, self.options.batch_size, known_to_work)
             layout = Layout.of(work.task, work.source)
             writer = PartWriter(work.output, layout, self.options.parts, report, work.start_row)
             threading.Thread(target=self._collate, args=(forward,), name="mmcli-collate", daemon=True).start()

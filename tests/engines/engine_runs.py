@@ -12,7 +12,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import Decoder, ModelPlan
 from mmcli.core.records import DecodeOptions, Media, Record
 from mmcli.core.report import Report
-from mmcli.engines.batching import WindowSizes, window_sizes
+from mmcli.engines.batching import BatchSize, WindowSizes, window_sizes
 from mmcli.engines.local import ErrorBudget as ErrorBudget
 from mmcli.engines.local import LocalOptions, StopFlag, Work, run
 from mmcli.engines.writer import PartLimits as PartLimits
@@ -116,7 +116,8 @@ def run_engine(
     """Run, from the first row that `output` does not have; raises what the engine raises."""
     model = model or plan()
     timeout_s = work.pop("timeout_s", 30.0)
-    options = {n: work.pop(n) for n in ("tokens", "time_limit_s", "budget") if n in work}
+    options = {n: work.pop(n) for n in ("time_limit_s", "budget") if n in work}
+    size = BatchSize(batch_size, work.pop("tokens", None), work.pop("audio", None))
     report = work.pop("report", None) or Report()
     run(
         Work(
@@ -131,7 +132,7 @@ def run_engine(
             **work,
         ),
         LocalOptions(
-            batch_size=batch_size,
+            batch_size=size,
             windows=WindowSizes(window, first) if window else window_sizes(batch_size, lengths_vary=True),
             # As many as the model says.
             concurrency=9,

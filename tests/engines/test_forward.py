@@ -16,6 +16,7 @@ from engine_runs import Collected, ListSource, expected_row, plan, run_engine, t
 from mmcli.core.errors import DeviceLost, ModelError
 from mmcli.core.records import Sample
 from mmcli.core.report import Report
+from mmcli.engines.batching import BatchSize
 from mmcli.engines.forward import PROBE_AFTER, UNPROVEN_FAILURES, Forward
 from mmcli.models.fake import FakePlan, FakeRunner
 
@@ -112,10 +113,14 @@ def test_batches_of_texts_have_a_number_of_tokens():
     assert report.oom_halvings == 0
 
 
-def test_other_inputs_have_the_batch_size():
-    forward = Forward(FakeRunner(plan()), Report(), 8, tokens=300)
+def test_each_modality_has_its_own_batch_size():
+    forward = Forward(FakeRunner(plan()), Report(), BatchSize(8, tokens=300, audio=1000))
+    pixels, sound = np.zeros((3, 100), np.uint8), np.zeros(100, np.float32)
     assert forward.max_cost(Sample("text", {}, length=100)) == 3
-    assert forward.max_cost(Sample("audio", {}, length=100)) == 8
+    assert forward.max_cost(Sample("image", {"pixel_values": pixels})) == 8
+    assert forward.max_cost(Sample("audio", {"input_values": sound}, length=100)) == 2
+    assert forward.max_cost(Sample("audio", {"input_values": sound.repeat(9)}, length=900)) == 1
+    assert forward.max_cost(Sample("audio", {"input_features": sound})) == 8, "all of one shape"
 
 
 def test_batches_of_texts_that_memory_does_not_hold():
