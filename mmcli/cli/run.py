@@ -30,15 +30,16 @@ AUTO_BATCH_CPU, AUTO_BATCH_GPU = 32, 256
 # Captioners read all their weights for each token of a batch: 16, 32, 64 and 160 pictures at once give 7.2, 11, 14
 # and 15 rows/s on two cores (BLIP of 6 layers of 384). Not chat models: tiles and long caches take memory.
 AUTO_BATCH_CPU_CAPTIONS = 64
-# Of texts as many as have so many tokens with their padding, on a CPU for each of its threads: few long ones, many
-# short ones. Layers of so many tokens stay in a core's cache. 1,500 texts of 1 to 120 words through a BERT of
-# MiniLM's size on two cores, seconds of the model, three runs in turn: 32 texts 6.7, 512 tokens 4.7, 1,024 5.2,
-# 2,048 5.8; 6,000 of 1 to 12 words 8.5, 7.8, 8.3, 8.3. What a GPU wants is not measured.
+# Of texts as many as have so many tokens with their padding: few long ones, many short ones. On a CPU for each core
+# of one of four batches that run at once: layers of so many tokens stay in its cache. Seconds of the model,
+# two cores, three runs in turn, 1,500 texts of 1 to 120 words through a BERT of MiniLM's size: 32 texts 6.7, 512
+# tokens 4.7, 1,024 5.2, 2,048 5.8; 6,000 of 1 to 12 words 8.5, 7.8, 8.3, 8.3. What a GPU wants is not measured.
 AUTO_TOKENS_CPU, AUTO_TOKENS_GPU = 512, 32_768
 # Of sounds as many as have so many bytes of model inputs, on a CPU for each of its cores: 16 s of 16 kHz. The first
 # convolutions make 120 times as much of them. 60 sounds of 1 to 15 s through a small Wav2Vec2 on two cores, seconds
 # of the model, three runs in turn: 32 sounds at once 8.0, 8 3.5, 4 3.3, 2 4.0, 1 4.4. A GPU's are not measured.
 AUTO_AUDIO_CPU, AUTO_AUDIO_GPU = 2**20, 2**25
+MOST_AUDIO_CORES = 16
 MAX_AUTO_WORKERS = 32
 # Tasks whose models read, and do not write.
 READING = ("embed", "classify")
@@ -233,13 +234,18 @@ def sized(batch_size: int, prepared: Prepared) -> BatchSize:
     """So many samples; texts and sounds by their lengths, where no number was asked for and no model writes."""
     from mmcli.engines.batching import BatchSize
 
-    writes = prepared.planned.task.name not in READING or hasattr(prepared.planned.plan, "writer")
-    if prepared.limits.batch_size is not None or writes:
+    plan = prepared.planned.plan
+    writes = prepared.planned.task.name not in READING or hasattr(plan, "writer")
+    if prepared.limits.batch_size is not None or writes or getattr(plan, "batch_size", None) is not None:
         return BatchSize(batch_size)
     if _on_gpu(prepared):
         return BatchSize(batch_size, AUTO_TOKENS_GPU, AUTO_AUDIO_GPU)
     cores = parse.available_cores()
-    return BatchSize(batch_size, AUTO_TOKENS_CPU * max(1, cores // MAX_CONCURRENCY), AUTO_AUDIO_CPU * cores)
+    tokens, audio = (
+        AUTO_TOKENS_CPU * max(1, cores // MAX_CONCURRENCY),
+        AUTO_AUDIO_CPU * min(cores, MOST_AUDIO_CORES),
+    )
+    return BatchSize(batch_size, tokens, audio)
 
 
 def _on_gpu(prepared: Prepared) -> bool:

@@ -128,11 +128,11 @@ class BatchSize:
 
     def most(self, longest: Sample) -> int:
         """What a batch that begins with its longest sample may cost (see Sample.cost)."""
-        if longest.modality == "text" and self.tokens is not None:
-            return max(1, self.tokens // max(1, longest.length)) * longest.cost
-        # Spectrograms of one shape gain nothing: no convolutions that make them larger.
+        # What has no length has one shape: vectors; spectrograms, which no convolutions make larger.
+        if longest.modality == "text" and self.tokens is not None and longest.length:
+            return max(1, self.tokens // longest.length) * longest.cost
         if longest.modality == "audio" and self.audio is not None and longest.length:
-            return max(1, self.audio // max(1, nbytes(longest))) * longest.cost
+            return max(1, self.audio // max(1, _nbytes(longest))) * longest.cost
         return self.samples
 
 
@@ -239,9 +239,9 @@ def cut(samples: Sequence[Sample], max_cost: int) -> int:
     return len(samples)
 
 
-def nbytes(sample: Sample) -> int:
-    """Of its model inputs."""
-    return sum(array.nbytes for array in sample.arrays.values())
+def _nbytes(sample: Sample) -> int:
+    """Of its model inputs, without masks."""
+    return sum(array.nbytes for array in sample.arrays.values() if array.dtype.kind == "f")
 
 
 def _modality(record: Record, known: Sequence[Modality | RowError]) -> str | None:

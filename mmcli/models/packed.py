@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 LEAST_WEIGHTS = 100_000
 # Weights are there twice: those of the file, which the kernel can forget when they were not converted, stay.
 _SHARE_OF_MEMORY = 0.25
-# What a container may use, where it is limited (cgroups, version 2 and 1).
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# What this process may use, where it is limited: cgroups.
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class PackedLinear(nn.Linear):
@@ -57,13 +58,19 @@ def pack(model: nn.Module) -> int:
     total = sum(m.weight.nbytes for m in layers)  # type: ignore[misc]
     if not _available() or total > _SHARE_OF_MEMORY * _memory():
         return 0
+    done = 0
     for layer in layers:
         weight: Any = layer.weight
         weight = weight.detach().T.contiguous() if isinstance(layer, Conv1D) else weight.detach()
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        except RuntimeError:
+            # A processor that oneDNN does not know this dtype on; no memory. The layer works as it is.
+            break
         layer.__class__ = _KINDS[type(layer)]
         layer._packed = packed
-    return len(layers)
+        done += 1
+    return done
 
 
 def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -74,9 +81,11 @@ def _linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 
 
 def _fits(layer: nn.Module) -> bool:
+    """Not where the weight is made anew for each call (weight_norm), or is of a kind of its own (quantized)."""
     weight: Any = layer.weight
-    known = weight.dtype in (torch.float32, torch.bfloat16)
-    return bool(known and weight.device.type == "cpu" and weight.numel() >= LEAST_WEIGHTS)
+    plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor and not layer._forward_pre_hooks
+    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
+    return plain and known and weight.numel() >= LEAST_WEIGHTS
 
 
 def _available() -> bool:
@@ -90,12 +99,29 @@ def _available() -> bool:
 
 
 def _memory() -> int:
-    """Bytes that this machine, or container, has. Not those that are free: the same command is to give the same."""
+    """Bytes that this process may have. Not those that are free: the same command is to give the same."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
-    for path in map(Path, _LIMITS):
+    for path in _limits():
         try:
             found.append(int(path.read_text()))
         except (OSError, ValueError):
             # No such limit, or "max".
             continue
     return min(found, default=0)
+
+
+def _limits() -> Iterator[Path]:
+    """Files with the limits of this process's cgroup and those above it, version 1 or 2."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return
+    for number, controllers, path in (line.split(":", 2) for line in lines):
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        root, name = (_CGROUPS, "memory.max") if number == "0" else (_CGROUPS / "memory", "memory.limit_in_bytes")
+        group = root / path.lstrip("/")
+        # A container may see its group as the root, and be told the path from outside.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield folder / name

@@ -117,8 +117,10 @@ def test_each_modality_has_its_own_batch_size():
     forward = Forward(FakeRunner(plan()), Report(), BatchSize(8, tokens=300, audio=1000))
     pixels, sound = np.zeros((3, 100), np.uint8), np.zeros(100, np.float32)
     assert forward.max_cost(Sample("text", {}, length=100)) == 3
+    assert forward.max_cost(Sample("text", {"vector": sound})) == 8, "all of one shape"
     assert forward.max_cost(Sample("image", {"pixel_values": pixels})) == 8
-    assert forward.max_cost(Sample("audio", {"input_values": sound}, length=100)) == 2
+    mask = np.ones(100, np.int64)
+    assert forward.max_cost(Sample("audio", {"input_values": sound, "attention_mask": mask}, length=100)) == 2
     assert forward.max_cost(Sample("audio", {"input_values": sound.repeat(9)}, length=900)) == 1
     assert forward.max_cost(Sample("audio", {"input_features": sound})) == 8, "all of one shape"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +83,51 @@ def test_weights_that_memory_does_not_hold_twice(monkeypatch: pytest.MonkeyPatch
     assert pack(model) == 0
     monkeypatch.setattr(packed, "_memory", lambda: 4 * 96 * 96 * 4)
     assert pack(model) == 1
+
+
+def test_the_limit_of_a_group_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of its own and of those above it the least; version 2 and 1, and no limit at all."""
+    everything = packed._memory()
+    (tmp_path / "cgroup").write_text("7:cpu,cpuacct:/x\n5:memory:/jobs/7\n0::/user.slice/run\n")
+    monkeypatch.setattr(packed, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(packed, "_CGROUPS", tmp_path)
+    for name, text in (("user.slice/run/memory.max", "max"), ("user.slice/memory.max", "5000000"),
+                       ("memory/jobs/7/memory.limit_in_bytes", "9223372036854771712"),
+                       ("memory/memory.limit_in_bytes", "4000000")):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert packed._memory() == 4_000_000
+    (tmp_path / "memory" / "memory.limit_in_bytes").unlink()
+    assert packed._memory() == 5_000_000
+    (tmp_path / "cgroup").unlink()
+    assert packed._memory() >= everything
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
+def test_processors_that_do_not_know_bfloat16(isa: str) -> None:
+    """What cannot be packed there is computed as it is."""
+    script = """
+import torch
+from mmcli.models.packed import pack
+for dtype in (torch.float32, torch.bfloat16):
+    model = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400)).to(dtype).eval()
+    inputs = torch.randn(3, 400).to(dtype)
+    with torch.inference_mode():
+        wanted = model(inputs)
+        pack(model)
+        assert torch.allclose(model(inputs).float(), wanted.float(), atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_are_made_for_each_call_are_left_as_they_are() -> None:
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(96, 96)), nn.utils.parametrizations.weight_norm(nn.Linear(96, 96))
+    )
+    assert pack(model) == 0
 
 
 def test_small_layers_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
