@@ -51,6 +51,7 @@ from mmcli.core.protocols import ModelPlan, Runner, Snapshot
 from mmcli.core.report import Report
 
 if TYPE_CHECKING:
+    from mmcli.engines.batching import BatchSize
     from mmcli.engines.ceilings import Ceilings, Decoding, Rate
     from mmcli.engines.local import LocalOptions
 
@@ -190,7 +191,8 @@ class _Bench:
             if not snapshot.rows:
                 raise ConfigError("there is nothing to measure")
             batch_size = prepared.limits.batch_size or auto_batch_size(prepared)
-            windows, size = windows_of(batch_size, snapshot, prepared), sized(batch_size, prepared)
+            windows = windows_of(batch_size, snapshot, prepared)
+            size = _heeded(sized(batch_size, prepared), snapshot)
             # By the clock it is a part of a long job.
             limits = replace(prepared.limits, concurrency=concurrency_of(bounds.rows, batch_size))
             prepared = replace(prepared, limits=limits)
@@ -353,6 +355,13 @@ def _model(found: Measured) -> str:
     setting = found.setting
     where = f" on {setting.device}" if setting.device else ""
     return f"{setting.dtype or 'no weights'}{where}, {_at_once(found.options)}"
+
+
+def _heeded(size: BatchSize, snapshot: Snapshot) -> BatchSize:
+    """Without what is of other modalities than the inputs'."""
+    there = {modality for modality, count in snapshot.modalities.items() if count}
+    tokens = size.tokens if there & {"text", None} else None
+    return replace(size, tokens=tokens, audio=size.audio if there & {"audio", None} else None)
 
 
 def _at_once(options: LocalOptions) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -207,17 +208,25 @@ def measure_model(runner: Runner, rows: Sequence[Arrived], options: LocalOptions
     slow model takes longer: one batch to warm up, one to measure.
     """
     forward = Forward(runner, Report(), options.batch_size, known_to_work=True)
-    window = options.windows.size
-    formed = [
-        batch for start in range(0, len(rows), window) for batch in _batches(rows[start : start + window], forward)
-    ]
+    formed = formed_batches(rows, forward, options.windows.size)
     several = forward.concurrency
     warm = _computed(forward, formed, seconds * WARM_UP, group=several)
-    waves = int(warm.rows * seconds / max(warm.seconds, 1e-9) / max(1, len(formed[0]) * several))
+    samples = sum(map(len, formed))
+    waves = int(warm.rows * seconds / max(warm.seconds, 1e-9) / (samples / len(formed) * several))
     group = several * max(1, min(READY // several, waves))
     found = _computed(forward, formed, seconds, group)
-    samples_per_row = sum(map(len, formed)) / len(rows)
+    samples_per_row = samples / len(rows)
     return replace(found, rows=found.rows / samples_per_row)
+
+
+def formed_batches(rows: Sequence[Arrived], forward: Forward, window: int) -> list[list[Sample]]:
+    """Those of a run, in an order of no meaning: a run begins each window with its longest inputs, and of a slow
+    model a few seconds would be of these alone.
+    """
+    starts = range(0, len(rows), window)
+    formed = [batch for start in starts for batch in _batches(rows[start : start + window], forward)]
+    random.Random(0).shuffle(formed)
+    return formed
 
 
 def _batches(rows: Sequence[Arrived], forward: Forward) -> list[list[Sample]]:

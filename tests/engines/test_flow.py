@@ -38,7 +38,9 @@ from mmcli.core.errors import (
 )
 from mmcli.core.records import Record, Sample
 from mmcli.core.report import Report
-from mmcli.engines.ceilings import RepeatedSource, measure_decoding
+from mmcli.engines.batching import Arrived, BatchSize
+from mmcli.engines.ceilings import RepeatedSource, formed_batches, measure_decoding
+from mmcli.engines.forward import Forward
 from mmcli.engines.intake import BLOCK_ROWS, MAX_BYTES
 from mmcli.engines.local import StopFlag
 from mmcli.media.pool import InlineDecoder
@@ -454,6 +456,20 @@ def test_a_few_inputs_again_and_again_are_decoded_in_blocks_as_large_as_those_of
     assert sum(sizes) == 2000
     # Small ones until the first have come, and the last.
     assert sizes.count(BLOCK_ROWS) * BLOCK_ROWS > 1500
+
+
+def test_a_few_batches_that_are_measured_stand_for_all():
+    """A run begins with the longest ones."""
+    rows = [
+        Arrived(text_record(i, "x"), (Sample("text", {"input_ids": np.zeros(i + 1)}, length=i + 1),))
+        for i in range(512)
+    ]
+    formed = formed_batches(rows, Forward(FakeRunner(plan()), Report(), BatchSize(8)), window=256)
+    assert sorted(sample.length for batch in formed for sample in batch) == list(range(1, 513))
+    assert all(batch[0].length - batch[-1].length == 7 for batch in formed)
+    for start in range(0, 64, 16):
+        few = [sample.length for batch in formed[start : start + 16] for sample in batch]
+        assert 170 < np.mean(few) < 340
 
 
 # -- batches beside one another --------------------------------------------------------------------------------
