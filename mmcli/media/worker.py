@@ -168,9 +168,11 @@ def main(control: socket.socket, imports: Sequence[str] = ()) -> None:
             return
         if request == "fork":
             worker, cell = transport.receive_descriptors(control, 2)
+            nursery = os.getpid()
             pid = os.fork()
             if pid == 0:
                 control.close()
+                die_with_parent(nursery)
                 _serve(decoder, socket.socket(fileno=worker), Cell(cell))
                 os._exit(0)
             os.close(worker)
@@ -189,7 +191,6 @@ def _open(plan: ModelPlan, options: DecodeOptions, expected: frozenset[Modality]
 
 def _serve(decoder: BlockDecoder, sock: socket.socket, cell: Cell) -> None:
     """A worker: answer blocks until the supervisor closes the socket."""
-    die_with_parent()
     # What the nursery made stays, shared with it, and rows make no cycles.
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
@@ -211,10 +212,15 @@ def _quiet() -> None:
     die_with_parent()
 
 
-def die_with_parent() -> None:
-    """Be killed when the parent dies, even while a decoder hangs (Linux; elsewhere the closed socket ends us)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the parent dies, even while a decoder hangs (Linux; elsewhere the closed socket ends us).
+
+    parent  its process id; one that has died already tells nobody
+    """
     if sys.platform == "linux":
         import ctypes
 
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

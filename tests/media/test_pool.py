@@ -152,6 +152,17 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     assert not any(map(alive, pids))
 
 
+def test_a_worker_whose_parent_was_killed_before_it_began_ends():
+    script = (
+        "import os, time\nfrom mmcli.media.worker import die_with_parent\nparent = os.getpid()\n"
+        "if os.fork():\n    os._exit(0)\n"
+        "while os.getppid() == parent:\n    time.sleep(0.01)\n"
+        "die_with_parent(parent); print('still there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
