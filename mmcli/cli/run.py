@@ -241,11 +241,8 @@ def sized(batch_size: int, prepared: Prepared) -> BatchSize:
     if _on_gpu(prepared):
         return BatchSize(batch_size, AUTO_TOKENS_GPU, AUTO_AUDIO_GPU)
     cores = parse.available_cores()
-    tokens, audio = (
-        AUTO_TOKENS_CPU * max(1, cores // MAX_CONCURRENCY),
-        AUTO_AUDIO_CPU * min(cores, MOST_AUDIO_CORES),
-    )
-    return BatchSize(batch_size, tokens, audio)
+    tokens = AUTO_TOKENS_CPU * max(1, cores // MAX_CONCURRENCY)
+    return BatchSize(batch_size, tokens, AUTO_AUDIO_CPU * min(cores, MOST_AUDIO_CORES))
 
 
 def _on_gpu(prepared: Prepared) -> bool:
