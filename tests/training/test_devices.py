@@ -32,8 +32,10 @@ from mmcli.training.sharding import blocks_of
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# Each process would need a GPU of its own.
+ON_CPU = ["--device", "cpu"]
 # Adam divides a gradient by its own size: one that is nothing but rounding becomes a whole step.
-STEADY = ["--optimizer", "sgd", "--learning-rate", "0.1", "--num-workers", "0", "--no-preflight"]
+STEADY = ["--optimizer", "sgd", "--learning-rate", "0.1", "--num-workers", "0", "--no-preflight", *ON_CPU]
 
 
 @dataclass
@@ -123,7 +125,7 @@ def stopping(folder: Path, equal: dict[str, list[str]]) -> dict[str, list[str]]:
     bad = folder / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n bad")
     broken = manifest(folder / "broken.jsonl", [*lines, {"image": str(bad), "label": "cat"}])
-    common = ["-m", str(base), "--image-column", "image", "--num-workers", "0", "--batch-size", "5"]
+    common = ["-m", str(base), "--image-column", "image", "--num-workers", "0", "--batch-size", "5", *ON_CPU]
     good = manifest(folder / "good.jsonl", lines)
     drawing = ["finetune", good, "--val", good, *common, "--augment", "crop", "--max-steps", "4",
                "--learning-rate", "2e-3", "--no-preflight"]  # fmt: skip

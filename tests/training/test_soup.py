@@ -57,7 +57,7 @@ def run_of(
 
     def told(line: dict[str, Any]) -> None:
         if "val_neg_loss" in line:
-            weights = {name: t.clone() for name, t in trainer._parts.model.state_dict().items()}
+            weights = {name: t.cpu().clone() for name, t in trainer._parts.model.state_dict().items()}
             seen[line["step"]] = line["val_neg_loss"], weights
             assert len(list((run / "evaluated").glob("step-?.pt"))) <= 3
 

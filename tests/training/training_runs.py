@@ -116,5 +116,6 @@ def trainer_of(
     data = Data(Rows(train, objective.plan, options.seed, augment), Rows(val, objective.plan, options.seed))
     events = Events(told or (lambda line: None), stop or (lambda: None))
     settings = RunLimits(**{"num_workers": 0, **limits})
-    device = torch.device(os.environ.get("MMCLI_TEST_DEVICE", "cpu"))
+    # Of several processes each would need a GPU of its own.
+    device = torch.device("cpu" if devices else os.environ.get("MMCLI_TEST_DEVICE", "cpu"))
     return Trainer(run, objective, data, options, settings, events, device, devices or Devices())
