@@ -38,6 +38,7 @@ from mmcli.cli.parse import Problems
 from mmcli.cli.run import (
     announce,
     auto_batch_size,
+    block_rows_of,
     concurrency_of,
     list_inputs,
     open_decoder,
@@ -254,7 +255,8 @@ class _Bench:
         source = RepeatedSource(prepared.source, bounds.rows, None if bounds.rows else bounds.seconds)
         decoder = open_decoder(prepared, snapshot)
         with tuned():
-            found = measure_decoding(source, decoder, prepared.report, KEPT_WINDOWS * window)
+            rows = block_rows_of(snapshot, prepared)
+            found = measure_decoding(source, decoder, prepared.report, KEPT_WINDOWS * window, rows)
         if not found.kept:
             codes = ", ".join(f"{n:,} {code}" for code, n in found.errors.most_common())
             raise ConfigError(f"none of the inputs can be read ({codes}): there is nothing to measure")

@@ -188,6 +188,7 @@ def run_engine(prepared: Prepared, snapshot: Snapshot, target: Target) -> None:
         batch_size=sized(batch_size, prepared),
         windows=windows_of(batch_size, snapshot, prepared),
         concurrency=limits.concurrency or concurrency_of(snapshot.rows, batch_size, target.output.immediate),
+        block_rows=block_rows_of(snapshot, prepared),
         time_limit_s=limits.time_limit_s,
         budget=ErrorBudget(*limits.max_errors),
         parts=PartLimits(rows=limits.part_rows, seconds=limits.part_seconds),
@@ -277,9 +278,21 @@ def windows_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> Windo
     there = {m for m, count in snapshot.modalities.items() if count}
     asked = prepared.planned.task.name == "ask"
     fixed = there <= {"image"} and not prepared.variables
-    # Where a model writes, a row takes long, and its prompt is not what takes it.
-    texts = there == {"text"} and prepared.planned.task.name in READING
+    texts = _reads_texts(snapshot, prepared)
     return window_sizes(batch_size, lengths_vary=not fixed or asked, texts=texts)
+
+
+def block_rows_of(snapshot: Snapshot, prepared: Prepared) -> int:
+    """Rows that a decode worker is given at a time."""
+    from mmcli.engines.intake import BLOCK_ROWS, TEXT_BLOCK_ROWS
+
+    return TEXT_BLOCK_ROWS if _reads_texts(snapshot, prepared) else BLOCK_ROWS
+
+
+def _reads_texts(snapshot: Snapshot, prepared: Prepared) -> bool:
+    """Whether all inputs are texts. Where a model writes, a row takes long, and its prompt is not what takes it."""
+    there = {m for m, count in snapshot.modalities.items() if count}
+    return there == {"text"} and prepared.planned.task.name in READING
 
 
 def open_decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:

@@ -19,6 +19,8 @@ from mmcli.engines.batching import WINDOW_BYTES, Arrived
 # A block is what one worker is given at a time: at most this many records or encoded bytes. 64 tiny
 # pictures amortise a message (about 0.1 ms); one large video does not wait behind others.
 BLOCK_ROWS = 64
+# Of texts, each of which takes 0.1 ms: a fifth less of the supervisor's time than by 64.
+TEXT_BLOCK_ROWS = 256
 BLOCK_BYTES = 2 * 1024 * 1024
 # Looked up together in a previous output.
 LOOKUP_ROWS = 1024
@@ -31,10 +33,11 @@ LIVE_POLL_S = 0.02
 class Intake:
     """Reads, looks up and decodes rows ahead of the model, in a thread of its own.
 
-    first     the row to begin at
-    max_rows  rows that may be on their way: handed on, but not released
-    reuse     finished rows of an earlier output
-    live      hand on rows as they come, however few
+    first       the row to begin at
+    max_rows    rows that may be on their way: handed on, but not released
+    block_rows  at most so many are given to a worker at a time
+    reuse       finished rows of an earlier output
+    live        hand on rows as they come, however few
     """
 
     def __init__(
@@ -44,12 +47,13 @@ class Intake:
         report: Report,
         first: int,
         max_rows: int,
+        block_rows: int = BLOCK_ROWS,
         reuse: Reuse | None = None,
         want_signatures: bool = True,
         live: bool = False,
     ) -> None:
         self._source, self._decoder, self._report = source, decoder, report
-        self._first, self._max_rows, self._reuse = first, max_rows, reuse
+        self._first, self._max_rows, self._most, self._reuse = first, max_rows, block_rows, reuse
         self._want_signatures, self._live = want_signatures, live
         self._arrived: queue.Queue[list[Arrived] | BaseException | None] = queue.Queue()
         self._lock = threading.Lock()
@@ -137,7 +141,7 @@ class Intake:
     def _block_rows(self) -> int:
         # Small inputs: spread them over the workers rather than give all to the first.
         share = (self._report.rows_total or BLOCK_ROWS * 64) // (4 * max(1, self._decoder.num_workers))
-        return max(1, min(BLOCK_ROWS, share))
+        return max(1, min(self._most, share))
 
     def _look_up(self, chunk: list[Record]) -> tuple[list[Arrived], list[Record]]:
         """Rows that need no decoding, and the others."""

@@ -100,12 +100,14 @@ class LocalOptions:
     batch_size    of a forward pass
     windows       which rows are batched together (see engines.batching.window_sizes)
     concurrency   batches that a model may compute at once, where it can (see mmcli.core.protocols.Runner)
+    block_rows    at most so many are given to a decode worker at a time
     time_limit_s  stop, commit and raise TryAgain after this long
     """
 
     batch_size: BatchSize
     windows: WindowSizes
     concurrency: int = 1
+    block_rows: int = BLOCK_ROWS
     time_limit_s: float | None = None
     budget: ErrorBudget = field(default_factory=ErrorBudget)
     parts: PartLimits = field(default_factory=PartLimits)
@@ -175,7 +177,8 @@ class _Run:
             work.decoder,
             work.report,
             self.first,
-            max_rows=max(ahead, (work.decoder.num_workers + 1) * 2 * BLOCK_ROWS),
+            max_rows=max(ahead, (work.decoder.num_workers + 1) * 2 * self.options.block_rows),
+            block_rows=self.options.block_rows,
             reuse=reuse,
             want_signatures=work.want_signatures,
             live=work.output.immediate,

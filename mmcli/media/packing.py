@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +18,23 @@ Outcomes = Sequence[tuple[Sample | RowError, ...]]
 
 
 @dataclass(slots=True)
-class Packed:
-    """Records with one Sample each, of one modality, with the same arrays.
+class Column:
+    """The arrays of one name.
 
-    arrays  name -> (the values of all, one behind the other; the shape of each, or one shape where all have it)
+    values  of all, one behind the other; of no dimension: the one value that they are full of
+    shapes  one where all have it; else of each, as its length where it has but one dimension
     """
 
+    values: np.ndarray
+    shapes: tuple[int, ...] | list[int] | list[tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class Packed:
+    """Records with one Sample each, of one modality, with the same arrays."""
+
     modality: Modality
-    arrays: dict[str, tuple[np.ndarray, tuple[int, ...] | list[tuple[int, ...]]]]
+    columns: dict[str, Column]
     lengths: list[int]
     groups: list[Hashable]
     costs: list[int]
@@ -42,38 +51,62 @@ def pack(outcomes: Outcomes | Packed) -> Outcomes | Packed:
     names = first.arrays.keys()
     if not all(s.modality == first.modality and s.arrays.keys() == names for s in samples):
         return outcomes
-    arrays = {}
-    for name, model in first.arrays.items():
-        column = [s.arrays[name] for s in samples]
-        if sum([a.nbytes for a in column]) > SMALL * len(column) or {a.dtype for a in column} != {model.dtype}:
+    columns: dict[str, Column] = {}
+    for name in names:
+        if (column := _column([s.arrays[name] for s in samples], columns.values())) is None:
             return outcomes
-        shapes = [a.shape for a in column]
-        # Rows of an array of numbers would be numbers, not arrays.
-        same = model.ndim > 0 and shapes.count(model.shape) == len(shapes)
-        arrays[name] = (np.concatenate([a.reshape(-1) for a in column]), model.shape if same else shapes)
+        columns[name] = column
     return Packed(
-        first.modality, arrays, [s.length for s in samples], [s.group for s in samples], [s.cost for s in samples]
+        first.modality, columns, [s.length for s in samples], [s.group for s in samples], [s.cost for s in samples]
     )
 
 
+def _column(arrays: list[np.ndarray], others: Iterable[Column]) -> Column | None:
+    first = arrays[0]
+    if sum([a.nbytes for a in arrays]) > SMALL * len(arrays) or {a.dtype for a in arrays} != {first.dtype}:
+        return None
+    shapes: tuple[int, ...] | list[int] | list[tuple[int, ...]] = [a.shape for a in arrays]
+    # Rows of an array of numbers would be numbers, not arrays.
+    if first.ndim > 0 and all(a.shape == first.shape for a in arrays):
+        shapes = first.shape
+    elif all(a.ndim == 1 for a in arrays):
+        shapes = [len(a) for a in arrays]
+    values = np.concatenate([a.reshape(-1) for a in arrays])
+    # A text's mask is ones and its token types are zeros: a third is left to send, and to cut up there.
+    if first.ndim == 1 and first.dtype.kind in "biu" and len(values) and (values == values[0]).all():
+        values = values[0].reshape(())
+    # One list for all that have it: it is pickled once.
+    shapes = next((other.shapes for other in others if other.shapes == shapes), shapes)
+    return Column(values, shapes)
+
+
 def unpack(packed: Outcomes | Packed) -> Outcomes:
-    """What was packed; the arrays are views of what all of them share."""
+    """What was packed; the arrays are views of what all of them share, to be read only."""
     if not isinstance(packed, Packed):
         return packed
-    names = list(packed.arrays)
-    columns = [_rows(*packed.arrays[name], len(packed.lengths)) for name in names]
-    samples = zip(zip(*columns, strict=True), packed.lengths, packed.groups, packed.costs, strict=True)
+    names = list(packed.columns)
+    arrays = [_rows(column, len(packed.lengths)) for column in packed.columns.values()]
+    modality = packed.modality
+    rows = zip(zip(*arrays, strict=True), packed.lengths, packed.groups, packed.costs, strict=True)
     return [
-        (Sample(packed.modality, dict(zip(names, arrays, strict=True)), length, group, cost),)
-        for arrays, length, group, cost in samples
+        (Sample(modality, dict(zip(names, row, strict=True)), length, group, cost),)
+        for row, length, group, cost in rows
     ]
 
 
-def _rows(values: np.ndarray, shapes: tuple[int, ...] | list[tuple[int, ...]], count: int) -> Iterator[np.ndarray]:
+def _rows(column: Column, count: int) -> Sequence[np.ndarray]:
+    values, shapes = column.values, column.shapes
     if isinstance(shapes, tuple):
-        yield from values.reshape(count, *shapes)
-        return
-    stop = 0
+        return [np.full(shapes, values)] * count if values.ndim == 0 else list(values.reshape(count, *shapes))
+    if values.ndim == 0:
+        longest = np.full(max(shapes), values)
+        return [longest[:length] for length in shapes]
+    rows, stop = [], 0
     for shape in shapes:
-        start, stop = stop, stop + math.prod(shape)
-        yield values[start:stop] if len(shape) == 1 else values[start:stop].reshape(shape)
+        if isinstance(shape, int):
+            start, stop = stop, stop + shape
+            rows.append(values[start:stop])
+        else:
+            start, stop = stop, stop + math.prod(shape)
+            rows.append(values[start:stop].reshape(shape))
+    return rows

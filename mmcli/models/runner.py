@@ -210,21 +210,28 @@ def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = Fa
     Further axes are padded behind. Straight into pinned memory for a CUDA device: no second copy.
     """
     first = arrays[0]
-    shape = (len(arrays), *_largest([a.shape for a in arrays]))
-    dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
-    stacked = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    if first.ndim == 0:
+        stacked = torch.empty(len(arrays), dtype=_dtype_of(first), pin_memory=pinned)
+        stacked.numpy()[:] = arrays
+        return stacked
+    lengths = [len(array) for array in arrays]
+    inner = first.shape[1:] if first.ndim == 1 else _largest([a.shape[1:] for a in arrays])
+    longest = max(lengths)
+    stacked = torch.empty((len(arrays), longest, *inner), dtype=_dtype_of(first), pin_memory=pinned)
     out = stacked.numpy()
-    if all(a.shape == first.shape for a in arrays):
-        if first.ndim == 0:
-            out[:] = arrays
-            return stacked
+    alike = first.ndim == 1 or all(a.shape[1:] == inner for a in arrays)
+    if alike and min(lengths) == longest:
         # As np.stack, which takes four times as long for a thousand short ones.
-        np.concatenate(arrays, out=out.reshape(len(arrays) * len(first), *first.shape[1:]))
+        np.concatenate(arrays, out=out.reshape(len(arrays) * longest, *inner))
         return stacked
     out.fill(fill)
-    for row, array in zip(out, arrays, strict=True):
-        start = len(row) - len(array) if left else 0
-        row[start : start + len(array)][(slice(None), *map(slice, array.shape[1:]))] = array
+    for row, array, length in zip(out, arrays, lengths, strict=True):
+        rows = row[longest - length :] if left else row[:length]
+        if alike:
+            # 0.3 us; the general way takes 0.7, of each of three arrays of a text.
+            rows[:] = array
+        else:
+            rows[(slice(None), *map(slice, array.shape[1:]))] = array
     return stacked
 
 
@@ -232,8 +239,7 @@ def join(arrays: Sequence[np.ndarray], pinned: bool = False) -> torch.Tensor:
     """Arrays one behind the other; further axes are padded with 0, behind."""
     first = arrays[0]
     shape = (sum(len(a) for a in arrays), *_largest([a.shape[1:] for a in arrays]))
-    dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
-    joined = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    joined = torch.empty(shape, dtype=_dtype_of(first), pin_memory=pinned)
     out = joined.numpy()
     if all(a.shape[1:] == first.shape[1:] for a in arrays):
         np.concatenate(arrays, out=out)
@@ -244,6 +250,10 @@ def join(arrays: Sequence[np.ndarray], pinned: bool = False) -> torch.Tensor:
         out[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
         start += len(array)
     return joined
+
+
+def _dtype_of(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

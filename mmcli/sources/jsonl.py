@@ -7,7 +7,6 @@ is not a JSON object is an error row (bad_row). A key that a row lacks is null. 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -23,8 +22,9 @@ from mmcli.sources.names import shown
 # How much is read to learn the columns before a run: a misspelt name is found then.
 SAMPLE_ROWS, SAMPLE_BYTES = 1000, 4 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
-# orjson reads integers over 64 bits as floats.
-_HUGE_INTEGER = re.compile(rb"\d{19}")
+# orjson reads integers over 64 bits as floats. To look for 19 zeros, all digits made zeros, takes a third of the
+# time of an expression.
+_DIGITS, _HUGE_INTEGER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
 
 
 class JsonlManifest:
@@ -80,7 +80,7 @@ def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 def parse(line: bytes, number: int) -> dict[str, Any] | RowError:
     """The object of a line, or why there is none."""
     try:
-        row = orjson.loads(line) if not _HUGE_INTEGER.search(line) else json.loads(line)
+        row = json.loads(line) if _HUGE_INTEGER in line.translate(_DIGITS) else orjson.loads(line)
     except ValueError:
         # Python's own writers give NaN and lone surrogates, which orjson refuses.
         try:
