@@ -43,6 +43,7 @@ class DualEncoder:
     max_length   where texts are cut, when the text tower's own limit is not it
     num_frames   where it has the frames of a clip that a video tower takes
     first_token  it gives a vector per token, of which its contrastive loss takes the first
+    causal       its text tower looks only back, and so never at padding, which is on the right
     model_class  the transformers class, or JOINED; None: AutoModel's
     scale        the parameter that scales logits: by its exponential, or "temperature" divides; None: it has none
     activation   of its logits, as it was trained
@@ -56,6 +57,7 @@ class DualEncoder:
     max_length: int | None = None
     num_frames: str | None = None
     first_token: bool = False
+    causal: bool = False
     model_class: str | None = None
     scale: str | None = "logit_scale"
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -72,13 +74,13 @@ DUAL_ENCODERS = {
     "blip": DualEncoder(_TEXT_IMAGE),
     "chinese_clip": DualEncoder(_TEXT_IMAGE),
     "clap": DualEncoder(("text", "audio"), scale="logit_scale_a"),
-    "clip": DualEncoder(_TEXT_IMAGE),
+    "clip": DualEncoder(_TEXT_IMAGE, causal=True),
     "flava": DualEncoder(_TEXT_IMAGE, first_token=True),
-    "metaclip_2": DualEncoder(_TEXT_IMAGE),
+    "metaclip_2": DualEncoder(_TEXT_IMAGE, causal=True),
     "siglip": _SIGLIP,
     "siglip2": _SIGLIP,
     "vision-text-dual-encoder": DualEncoder(_TEXT_IMAGE),
-    "xclip": DualEncoder(("text", "video"), num_frames="vision_config.num_frames", conditioned=True),
+    "xclip": DualEncoder(("text", "video"), num_frames="vision_config.num_frames", causal=True, conditioned=True),
 }
 # Checkpoints saved as another class than their type's AutoModel, by the `architectures` of config.json.
 BY_ARCHITECTURE = {
@@ -180,7 +182,7 @@ def towers_of(model: Any, plan: EmbeddingPlan) -> Loaded:
     if row.model_class == "BlipForImageTextRetrieval":
         towers: dict[Modality, Tower] = {"text": _blip_text(model), "image": _blip_image(model)}
     else:
-        towers = {m: _features(getattr(model, f"get_{m}_features"), row.first_token) for m in row.modalities}
+        towers = {m: _features(getattr(model, f"get_{m}_features"), row) for m in row.modalities}
     if plan.inputs.video and not plan.inputs.video.native:
         towers["video"] = frame_tower(towers["image"], plan.normalize)
     return Loaded(towers, _similarity(model, row), _conditioned(model) if row.conditioned else None)
@@ -233,15 +235,18 @@ def texts_beside(model: Any, texts: torch.Tensor, clips: torch.Tensor) -> torch.
     return beside
 
 
-def _features(method: Callable[..., Any], first_token: bool) -> Tower:
+def _features(method: Callable[..., Any], row: DualEncoder) -> Tower:
     """`get_*_features`. Its result is an output whose pooler_output holds the vectors [n, D], not normalised."""
     # A tokenizer may give more than a model takes (token_type_ids).
     accepted = set(inspect.signature(method).parameters)
+    if row.causal:
+        # With one, transformers asks the device whether anything is masked, and waits (see mmcli.models.masks).
+        accepted -= {"attention_mask"}
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         output = method(**{name: tensor for name, tensor in inputs.items() if name in accepted})
         vectors: torch.Tensor = output.pooler_output
-        return vectors[:, 0] if first_token else vectors
+        return vectors[:, 0] if row.first_token else vectors
 
     return tower
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_dual
 import tiny_encoders
 import torch
 import transformers as hf
+from model_runs import Run
 
 from mmcli.models.masks import TAKES_BIAS, for_attention
 
@@ -52,6 +54,18 @@ def test_nothing_is_asked_of_the_device(name: str, tmp_path: Path, monkeypatch: 
     for question in ("__bool__", "item", "tolist", "__int__", "__float__"):
         monkeypatch.setattr(torch.Tensor, question, _refuse)
     model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["clip", "metaclip_2", "xclip"])
+def test_nothing_is_asked_of_the_device_by_a_text_tower(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tiny_dual.BUILDERS[name](tmp_path), device="cpu")
+    batch = run.runner.collate([run.processor("text", text) for text in ("a photo of a cat", "a dog")])
+    assert not batch.tensors["attention_mask"].all()
+    for question in ("__bool__", "item", "tolist", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, question, _refuse)
+    run.runner.forward(batch)
 
 
 def _refuse(*_: Any) -> None:
