@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from model_runs import Run
 
+from mmcli.models.classifier_runner import head_tower
 from mmcli.models.masks import TAKES_BIAS, for_attention
 
 CUDA = torch.device("cuda")
@@ -78,3 +79,13 @@ def test_elsewhere_the_mask_stays(tmp_path: Path) -> None:
     assert for_attention(model, torch.device("cpu"))(inputs) is inputs
     model.config.is_decoder = True
     assert for_attention(model, CUDA)(inputs) is inputs
+
+
+@torch.inference_mode()
+def test_heads_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = loaded("bert", tmp_path)
+    model = hf.AutoModelForSequenceClassification.from_config(base.config).eval()
+    wanted = head_tower(model, "text")(padded(model))
+    monkeypatch.setattr(type(model), "device", CUDA)
+    found = head_tower(model, "text")(padded(model))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
