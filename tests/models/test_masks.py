@@ -1,4 +1,4 @@
-"""A bias in place of a mask: the same vectors, and no question to the device."""
+"""A mask as attention takes it: the same vectors, and no question to the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers as hf
 from model_runs import Run
 
 from mmcli.models.classifier_runner import head_tower
-from mmcli.models.masks import TAKES_BIAS, for_attention
+from mmcli.models.masks import TAKES_WHOLE, for_attention
 
 CUDA = torch.device("cuda")
 
@@ -37,7 +37,7 @@ def test_tokens_are_what_they_are_behind_a_mask(name: str, tmp_path: Path) -> No
     model = loaded(name, tmp_path)
     inputs = padded(model)
     prepared = for_attention(model, CUDA)(inputs)
-    if model.config.model_type not in TAKES_BIAS:
+    if model.config.model_type not in TAKES_WHOLE:
         assert prepared is inputs
         return
     assert tuple(prepared["attention_mask"].shape) == (3, 1, 1, 9)
@@ -46,7 +46,7 @@ def test_tokens_are_what_they_are_behind_a_mask(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in tiny_encoders.TEXTS if n in TAKES_BIAS))
+@pytest.mark.parametrize("name", sorted(n for n in tiny_encoders.TEXTS if n in TAKES_WHOLE))
 @torch.inference_mode()
 def test_nothing_is_asked_of_the_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`bool(tensor)` and `tensor.item()` wait for all that a device has to do."""
