@@ -96,9 +96,10 @@ def _read(output: str) -> OutputInfo:
     try:
         return read_output(output)
     except StateMismatch as error:
-        # What is said to who wants to write there does not help who looks.
-        error.hint = "mmcli inspect with what a run was given as -o"
-        error.message = error.message.replace("exists and was not written", "was not written")
+        if "exists and was not written" in error.message:
+            # What is said to who wants to write there does not help who looks.
+            error.hint = "mmcli inspect with what a run was given as -o"
+            error.message = error.message.replace("exists and was not written", "was not written")
         raise
 
 

@@ -35,6 +35,7 @@ from mmcli.core.errors import ConfigError, ExitCode, MmcliError, StateMismatch, 
 from mmcli.core.job import Job, differences
 from mmcli.core.ranks import launched
 from mmcli.core.records import MODALITIES, Record
+from mmcli.core.state import JOB_SHAPE, check_state, read_state
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RUN_FILE, CONFIG_FILE, CURVES_FILE = "run.json", "config.toml", "curves.png"
+ANEW = "give another -o, or --overwrite to begin anew"
 MISSING_POLICIES = ("error", "drop", "mask")
 # Between lines on how far the diagnostics are.
 ANSWERS_S = 30.0
@@ -403,17 +405,21 @@ def _model_options(given: Given, problems: Problems) -> ModelOptions | None:
 
 
 def _is_complete(command: Command, overwrite: bool, messages: Messages) -> bool:
-    """Whether there is nothing to do; else the folder is made ready. Raises StateMismatch for another run's."""
+    """Whether there is nothing to do; else the folder is made ready.
+
+    Raises StateMismatch for a folder of another run, or with a damaged run.json.
+    """
     run = command.run
-    known = read_json(run / RUN_FILE)
-    begun = known is not None and (known.get("complete") or (run / "checkpoint").exists())
-    if known is not None and begun and not overwrite:
+    known = None if overwrite else read_state(run / RUN_FILE, {"job": JOB_SHAPE, "complete": bool}, ANEW)
+    begun = known is not None and (known["complete"] or (run / "checkpoint").exists())
+    if known is not None and begun:
         if changed := differences(known["job"], command.job.to_dict()):
             raise StateMismatch(
                 f"{run} is of another run: {'; '.join(changed[:8])}",
-                hint="give another -o, or --overwrite to begin anew",
+                hint=ANEW,
             )
-        if known.get("complete"):
+        if known["complete"]:
+            check_state(known, {"metric": str, "best": float}, str(run / RUN_FILE), ANEW)
             messages.note(f"{run} is complete already: {known['metric']} {known['best']:.4f}; nothing to do")
             return True
         messages.note(f"going on with the run in {run}")

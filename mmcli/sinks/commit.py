@@ -29,7 +29,6 @@ from mmcli.core.durable import (
     fsync_folder,
     make_folder,
     output_errors,
-    read_json,
     remove,
     write_durably,
     write_json,
@@ -46,6 +45,7 @@ from mmcli.sinks.outputs import (
     RunSpec,
     encode_schema,
     finished_output,
+    read_run,
     without_inputs,
 )
 from mmcli.sinks.parts import (
@@ -153,7 +153,7 @@ class Staging:
             if self.complete:
                 return
             self._parts = self._open_parts(spec, mode)
-            if read_json(self.folder / RUN_FILE) is None:
+            if not (self.folder / RUN_FILE).exists():
                 write_json(self.folder / RUN_FILE, self._run_json(spec, mode))
 
     def previous(self, columns: Sequence[str]) -> PreviousRows | None:
@@ -236,17 +236,18 @@ class Staging:
         return final
 
     def _open_parts(self, spec: RunSpec, mode: Mode) -> list[Part]:
-        run = read_json(self.folder / RUN_FILE)
         try:
             parts = read_parts(self.folder)
+            # One that has committed nothing binds nobody.
+            run = read_run(self.folder) if parts else None
         except StateMismatch:
             if mode != "overwrite":
                 raise
             return self._discard()
-        if not parts and mode == "new" and (aside := read_json(self.folder / PREVIOUS_FOLDER / RUN_FILE)):
+        if not parts and mode == "new" and (aside := read_run(self.folder / PREVIOUS_FOLDER)):
             changed = differences(aside["job"], spec.job.to_dict())
             raise _mismatch(f"{self.folder} holds an interrupted --update", changed, mode)
-        if run is None or not parts:
+        if run is None:
             return self._set_aside() if mode == "update" and parts else self._discard()
         changed = differences(run["job"], spec.job.to_dict())
         if mode == "new" and changed:
@@ -281,7 +282,7 @@ class Staging:
     def _set_aside(self) -> list[Part]:
         """Keep an interrupted run's parts for reuse; of two such runs the one with more rows."""
         aside = self.folder / PREVIOUS_FOLDER
-        moving = read_json(self.folder / RUN_FILE) is None
+        moving = not (self.folder / RUN_FILE).exists()
         if not moving:
             if _rows(aside) > _rows(self.folder):
                 return self._discard()

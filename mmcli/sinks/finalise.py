@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmcli.core.durable import fsync_file, fsync_folder, make_folder, read_json, remove, write_json
+from mmcli.core.durable import fsync_file, fsync_folder, make_folder, remove, write_json
 from mmcli.core.errors import MmcliError
 from mmcli.sinks.formats import load_format
-from mmcli.sinks.outputs import SWAP_FILE, RunSpec, encode_schema
+from mmcli.sinks.outputs import SWAP_FILE, RunSpec, encode_schema, read_swap
 from mmcli.sinks.parquet import ParquetFormat, parquet_writer
 from mmcli.sinks.parts import FINGERPRINT_KEY, JOB_KEY, SIGNATURES, Part, part_name, part_signatures, total_errors
 from mmcli.sinks.place import Place
@@ -128,9 +128,10 @@ def _sync(folder: Path) -> None:
 def apply_swap(place: Place) -> bool:
     """Make the moves that `finalise` has noted, or the rest of them, and remove the staging folder.
 
-    Returns whether there were any. Interrupted at any point, doing it again gives the same end. Raises OSError.
+    Returns whether there were any. Interrupted at any point, doing it again gives the same end. Raises OSError,
+    StateMismatch when the list was damaged.
     """
-    swap = read_json(place.staging / SWAP_FILE)
+    swap = read_swap(place)
     if swap is None:
         return False
     moves = [(place.staging / a, place.root / b) for a, b in swap["moves"]]

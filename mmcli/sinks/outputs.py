@@ -14,11 +14,18 @@ import pyarrow.parquet as pq
 from mmcli.core.durable import read_json
 from mmcli.core.errors import ConfigError, StateMismatch
 from mmcli.core.job import Job
+from mmcli.core.state import JOB_SHAPE, Shape, check_state, read_state
+from mmcli.sinks.formats import FORMATS
 from mmcli.sinks.parts import JOB_KEY, read_parts, total_errors
 from mmcli.sinks.place import Place
 
 JOB_FIELDS = ("task", "model", "options", "inputs")
 RUN_FILE, SWAP_FILE = "run.json", "swap.json"
+ANEW = "add --overwrite to start anew"
+_RUN: Shape = {
+    "fingerprint": str, "job": JOB_SHAPE, "mode": str, "format": str, "metadata": dict, "arrow_schema": str,
+}  # fmt: skip
+_FINISHED: Shape = {**JOB_SHAPE, "fingerprint": str, "format": str, "rows": int, "errors": dict, "notes": list}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +98,10 @@ def read_output(path: str | Path) -> OutputInfo:
 
 def _read_output(path: Path) -> OutputInfo:
     place = Place.of(path)
-    swap = read_json(place.staging / SWAP_FILE)
+    swap = read_swap(place)
     if swap is not None:
         # Killed or still busy between the moves: the next run completes them.
-        return replace(_info(place, swap["metadata"], decode_schema(swap["metadata"])), complete=False)
+        return replace(_described(place, swap["metadata"], place.staging / SWAP_FILE), complete=False)
     info = finished_output(place) or _unfinished_output(place)
     if info is None:
         raise ConfigError(f"there is no output at {path}; give what a run was given as -o")
@@ -113,19 +120,19 @@ def finished_output(place: Place, whole: bool = True) -> OutputInfo | None:
         return _finished_folder(place, whole)
     metadata = read_json(place.metadata)
     if metadata is not None and metadata.get("bytes") == place.out.stat().st_size:
-        return _info(place, metadata, decode_schema(metadata))
+        return _described(place, metadata, place.metadata)
     return _finished_parquet(place)
 
 
 def _finished_folder(place: Place, whole: bool) -> OutputInfo | None:
     metadata = read_json(place.metadata)
     if metadata is not None and "fingerprint" in metadata:
-        info = _info(place, metadata, decode_schema(metadata))
+        info = _described(place, metadata, place.metadata)
         lost = [name for name in info.files if not (place.out / name).is_file()]
         if whole and lost:
             raise StateMismatch(
                 f"{place.out} was complete, but of its {len(info.files)} files {len(lost)} are gone: {lost[0]}",
-                hint="bring it back, or add --overwrite to start anew",
+                hint=f"bring it back, or {ANEW}",
             )
         return info
     if any(not entry.name.startswith(".") for entry in place.out.iterdir()):
@@ -142,7 +149,7 @@ def _finished_parquet(place: Place) -> OutputInfo:
         if isinstance(error, OSError) and error.errno:
             raise
         raise _foreign(place) from error
-    return _info(place, metadata, schema)
+    return _info(place, metadata, schema, f"{place.out} (its metadata, key mmcli)")
 
 
 def _foreign(place: Place) -> StateMismatch:
@@ -152,26 +159,78 @@ def _foreign(place: Place) -> StateMismatch:
     )
 
 
-def _info(place: Place, metadata: dict[str, Any], schema: pa.Schema) -> OutputInfo:
+def _described(place: Place, metadata: Any, file: Path) -> OutputInfo:
+    """The finished output that `metadata`, from `file`, is of."""
+    known = check_state(metadata, {"arrow_schema": str}, str(file), ANEW)
+    return _info(place, known, decode_schema(known, str(file)), str(file))
+
+
+def _info(place: Place, metadata: Any, schema: pa.Schema, where: str) -> OutputInfo:
+    known = check_state(metadata, _FINISHED, where, ANEW)
+    _check_values(known, where)
     return OutputInfo(
         path=place.out,
-        format=str(metadata.get("format")),
+        format=known["format"],
         complete=True,
-        rows=int(metadata["rows"]),
+        rows=known["rows"],
         schema=schema.remove_metadata(),
-        metadata=metadata,
-        files=list(metadata.get("files") or []),
+        metadata=known,
+        files=list(known.get("files") or []),
     )
 
 
+def _check_values(metadata: dict[str, Any], where: str) -> None:
+    """Raise StateMismatch for lists and counts that hold something else, and for a format that there is none of."""
+    if metadata["format"] not in FORMATS:
+        raise StateMismatch(f"{where} is damaged: format is {metadata['format']!r}", hint=ANEW)
+    lists = {name: metadata.get(name) or [] for name in ("files", "notes")}
+    check_state(lists, dict.fromkeys(lists, list), where, ANEW)
+    for name, values in lists.items():
+        numbered = {f"{name}[{index}]": value for index, value in enumerate(values)}
+        check_state(numbered, dict.fromkeys(numbered, str), where, ANEW)
+    errors = metadata.get("errors") or {}
+    check_state({"errors": errors}, {"errors": dict.fromkeys(errors, int)}, where, ANEW)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What run.json says of the unfinished output in `folder`; None when there is none.
+
+    Raises StateMismatch for a damaged one, OSError.
+    """
+    run = read_state(folder / RUN_FILE, _RUN, ANEW)
+    if run is not None:
+        where = str(folder / RUN_FILE)
+        _check_values({**run["metadata"], "format": run["format"]}, where)
+        decode_schema(run, where)
+    return run
+
+
+def read_swap(place: Place) -> dict[str, Any] | None:
+    """The moves that make an output a finished one, when these have begun. Raises StateMismatch, OSError."""
+    path = place.staging / SWAP_FILE
+    hint = f"rm -r '{place.staging}', then the same command with --overwrite: its rows are computed again"
+    swap = read_state(path, {"moves": list, "delete": list, "metadata": dict}, hint)
+    if swap is not None:
+        names = {f"delete[{index}]": name for index, name in enumerate(swap["delete"])}
+        check_state(names, dict.fromkeys(names, str), str(path), hint)
+        if not swap["moves"] or not all(_is_move(move) for move in swap["moves"]):
+            raise StateMismatch(f"{path} is damaged: moves are not all pairs of names", hint=hint)
+    return swap
+
+
+def _is_move(value: Any) -> bool:
+    return isinstance(value, list) and [type(end) for end in value] == [str, str]
+
+
 def _unfinished_output(place: Place) -> OutputInfo | None:
-    run = read_json(place.staging / RUN_FILE)
+    run = read_run(place.staging)
     if run is None:
         return None
     parts = [p for p in read_parts(place.staging) if p.fingerprint == run["fingerprint"]]
     rows = parts[-1].stop if parts else 0
-    metadata = {**run["job"], **run["metadata"], "errors": dict(sorted(total_errors(parts).items())), "rows": rows}
-    return OutputInfo(place.out, run["format"], False, rows, decode_schema(run), metadata)
+    told = {"fingerprint": run["fingerprint"], "errors": dict(sorted(total_errors(parts).items())), "rows": rows}
+    schema = decode_schema(run, str(place.staging / RUN_FILE))
+    return OutputInfo(place.out, run["format"], False, rows, schema, {**run["metadata"], **run["job"], **told})
 
 
 def encode_schema(schema: pa.Schema) -> str:
@@ -179,9 +238,12 @@ def encode_schema(schema: pa.Schema) -> str:
     return base64.b64encode(schema.remove_metadata().serialize()).decode()
 
 
-def decode_schema(value: dict[str, Any]) -> pa.Schema:
-    """The schema in a JSON object that holds one under `arrow_schema`."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value["arrow_schema"])))
+def decode_schema(value: dict[str, Any], where: str) -> pa.Schema:
+    """The schema in a JSON object, of `where`, that holds one under `arrow_schema`. Raises StateMismatch."""
+    try:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value["arrow_schema"])))
+    except (ValueError, OSError, EOFError, pa.ArrowException) as error:
+        raise StateMismatch(f"{where} is damaged: arrow_schema is none", hint=ANEW) from error
 
 
 def without_inputs(job: dict[str, Any]) -> dict[str, Any]:

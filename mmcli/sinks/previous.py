@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcli.core.durable import output_errors, read_json
+from mmcli.core.durable import output_errors
 from mmcli.core.errors import MmcliError, OutputError, StateMismatch
 from mmcli.sinks.formats import load_format
-from mmcli.sinks.outputs import RUN_FILE, OutputInfo, RunSpec, decode_schema, without_inputs
+from mmcli.sinks.outputs import OutputInfo, RunSpec, decode_schema, read_run, without_inputs
 from mmcli.sinks.parquet import damaged_part, is_vector, open_parquet, parquet_writer
 from mmcli.sinks.parts import FINGERPRINT_KEY, SIGNATURE_BYTES, SIGNATURES, part_signatures, read_parts, to_bytes
 from mmcli.sinks.place import Place
@@ -199,14 +199,14 @@ def _finished_piece(spec: RunSpec, final: OutputInfo | None, staging: Path, want
 
 
 def _interrupted_piece(spec: RunSpec, staging: Path, wanted: pa.Schema) -> _Piece | None:
-    run = read_json(staging / PREVIOUS_FOLDER / RUN_FILE)
+    folder = staging / PREVIOUS_FOLDER
+    try:
+        run, parts = read_run(folder), read_parts(folder)
+    except StateMismatch:
+        return None
     if run is None or without_inputs(run["job"]) != spec.job.without_inputs().to_dict():
         return None
-    if not _same_types(decode_schema(run), wanted):
-        return None
-    try:
-        parts = read_parts(staging / PREVIOUS_FOLDER)
-    except StateMismatch:
+    if not _same_types(decode_schema(run, str(folder)), wanted):
         return None
     raw = (to_bytes(part_signatures(part).column(0)) for part in parts)
     return _Piece([part.path for part in parts], raw, parts[-1].stop if parts else 0)

@@ -10,11 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcli.core.durable import read_json
 from mmcli.core.errors import StateMismatch
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.npy import ROW_COLUMN
-from mmcli.sinks.outputs import RUN_FILE, OutputInfo, finished_output
+from mmcli.sinks.outputs import OutputInfo, finished_output, read_run
 from mmcli.sinks.parquet import READ_ROWS, batches, open_parquet
 from mmcli.sinks.parts import FINGERPRINT_KEY, SIGNATURES, Part, part_signatures, read_parts
 from mmcli.sinks.place import Place
@@ -75,7 +74,7 @@ def known_rows(place: Place) -> KnownRows | None:
     if final is not None:
         return KnownRows(final.job, True, final.rows, read_rows(final, ["id", "status"]), _sidecar(place, final))
     folders = [place.staging, place.staging / PREVIOUS_FOLDER]
-    found = [(run, read_parts(folder)) for folder in folders if (run := read_json(folder / RUN_FILE))]
+    found = [(run, read_parts(folder)) for folder in folders if (run := read_run(folder))]
     if not found:
         return None
     run, parts = max(found, key=lambda pair: _stop(pair[1]))

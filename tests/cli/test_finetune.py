@@ -102,6 +102,29 @@ def test_what_a_run_leaves(cli: Cli, data: tuple[Path, Path, Path], finished: Pa
     assert "options.epochs: was 3, is 9" in other.err
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "it is a list, not an object"),
+        ("{", "it is not JSON"),
+        ('{"complete": true}', "job is missing"),
+        ('{"complete": false, "job": {"task": "finetune"}}', "job.model is missing"),
+    ],
+)
+def test_a_run_json_that_was_damaged(
+    cli: Cli, data: tuple[Path, Path, Path], tmp_path: Path, text: str, told: str
+) -> None:
+    """It is told, and nothing of the run is lost."""
+    run = tmp_path / "run"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "run.json").write_text(text)
+    done = cli(*command(data, run, "--max-steps", 1))
+    assert done.code == 6, done.err
+    assert f"{run}/run.json is damaged: {told}" in done.err
+    assert "try: give another -o, or --overwrite" in done.err
+    assert (run / "checkpoint").exists()
+
+
 def test_its_own_config_gives_the_same_run(cli: Cli, data: tuple[Path, Path, Path], finished: Path) -> None:
     again = cli("finetune", data[0], "--config", finished / "config.toml")
     assert again.code == 0, again.err

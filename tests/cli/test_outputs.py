@@ -93,6 +93,21 @@ def test_the_same_folder_in_other_words_is_the_same_run(cli: Cli, texts: Path, t
     assert "complete already" in again.err
 
 
+def test_a_run_json_that_was_damaged(cli: Cli, texts: Path, tmp_path: Path) -> None:
+    """Every command says which file, and what to type."""
+    write = ("embed", texts, "-m", "fake:4", "-o", tmp_path / "o.parquet")
+    (texts / "2.jpg").write_bytes(b"no picture")
+    assert cli(*write, "--on-error", "fail", "--batch-size", 1, "--part-rows", 1).code == 4
+    (tmp_path / "o.parquet.mmcli" / "run.json").write_text('{"job": []}')
+    for asked in (write, (*write, "--update"), (*write, "--retry-errors"), ("inspect", tmp_path / "o.parquet")):
+        done = cli(*asked)
+        assert done.code == 6, done.err
+        assert f"{tmp_path}/o.parquet.mmcli/run.json is damaged: fingerprint is missing" in done.err
+        assert "try: add --overwrite" in done.err
+    (texts / "2.jpg").unlink()
+    assert cli(*write, "--overwrite").code == 0
+
+
 def test_retry_errors(cli: Cli, texts: Path, output: list[str]) -> None:
     """Only what failed is computed again, also when the failed file has been repaired meanwhile."""
     (texts / "2.jpg").write_bytes(b"no picture")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +18,9 @@ from sink_rows import OUTPUTS, SCHEMA, D, expected, leftovers, read_rows, signat
 from mmcli.core.errors import ConfigError, MmcliError, OutputError, StateMismatch
 from mmcli.sinks.commit import Staging
 from mmcli.sinks.outputs import read_output
-from mmcli.sinks.parts import FINGERPRINT_KEY
+from mmcli.sinks.parts import FINGERPRINT_KEY, JOB_KEY
 from mmcli.sinks.place import Place
+from mmcli.sinks.rows import known_rows
 
 Target = tuple[str, str]
 
@@ -207,6 +211,122 @@ def test_a_damaged_part_is_named(target: Target, damage: str) -> None:
         # The Arrow schema in the footer repeats the metadata in base64; the plain copy counts.
     with pytest.raises(StateMismatch, match=r"part-000001\.parquet"):
         write(out, spec(format_name), [20])
+    write(out, spec(format_name), [20], "overwrite")
+    assert read_rows(out, format_name) == expected(20)
+
+
+# By what a value in a state file is replaced, and what is said of it.
+DAMAGES = {
+    "not-json": (lambda _: "{", "it is not JSON"),
+    "list": (lambda _: [], "it is a list, not an object"),
+    "no-job": (lambda run: {k: v for k, v in run.items() if k != "job"}, "job is missing"),
+    "job": (lambda run: {**run, "job": "embed"}, "job is a text, not an object"),
+    "no-inputs": (lambda run: {**run, "job": {**run["job"], "inputs": None}}, "job.inputs is null, not an object"),
+    "no-mode": (lambda run: {**run, "mode": 3}, "mode is a whole number, not a text"),
+    "format": (lambda run: {**run, "format": "xls"}, "format is 'xls'"),
+    "schema": (lambda run: {**run, "arrow_schema": "AAAA"}, "arrow_schema is none"),
+}
+
+
+def damage_json(path: Path, damage: Callable[[Any], Any]) -> None:
+    damaged = damage(json.loads(path.read_bytes()))
+    path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_run_json_is_named(target: Target, name: str) -> None:
+    out, format_name = target
+    damage, told = DAMAGES[name]
+    write(out, spec(format_name), [4, 12], finalise=False)
+    damage_json(staging_of(target) / "run.json", damage)
+    before = {p: p.read_bytes() for p in staging_of(target).iterdir() if p.name != "lock"}
+    readers: list[Callable[[], object]] = [
+        lambda: write(out, spec(format_name), [20]),
+        lambda: write(out, spec(format_name), [20], "update"),
+        lambda: read_output(out),
+        lambda: known_rows(Place.of(*target)),
+    ]
+    for read in readers:
+        with pytest.raises(StateMismatch, match=rf"run\.json is damaged: {re.escape(told)}") as refused:
+            read()
+        assert "--overwrite" in str(refused.value.hint)
+    # What was committed is still there, for who mends the file.
+    assert {p: p.read_bytes() for p in staging_of(target).iterdir() if p.name != "lock"} == before
+    write(out, spec(format_name), [20], "overwrite")
+    assert read_rows(out, format_name) == expected(20)
+
+
+def test_a_damaged_run_json_of_an_interrupted_update(target: Target) -> None:
+    """Its rows are computed again, as those of a damaged part are."""
+    out, format_name = target
+    write(out, spec(format_name), [12], finalise=False)
+    write(out, spec(format_name, inputs="b"), [], "update", finalise=False)
+    damage_json(staging_of(target) / "previous" / "run.json", lambda _: {"job": {}})
+    with pytest.raises(StateMismatch, match=r"previous/run\.json is damaged"):
+        write(out, spec(format_name, inputs="b"), [20])
+    write(out, spec(format_name, inputs="b"), [20], "update", value=1)
+    assert read_rows(out, format_name) == expected(20, 1)
+
+
+FINISHED = {
+    "rows": ("many", "rows is a text, not a whole number"),
+    "job": (None, "model is missing"),
+    "options": ([1], "options is a list, not an object"),
+    "errors": ({"corrupt": "3"}, "errors.corrupt is a text, not a whole number"),
+    "notes": ([{}], "notes[0] is an object, not a text"),
+    "files": ("part", "files is a text, not a list"),
+    "format": ("xls", "format is 'xls'"),
+}
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_damaged_metadata_of_a_finished_output_are_named(target: Target, name: str) -> None:
+    out, format_name = target
+    value, told = FINISHED[name]
+
+    def damage(metadata: dict[str, Any]) -> dict[str, Any]:
+        if name != "job":
+            return {**metadata, name: value}
+        del metadata["model"]
+        return metadata
+
+    write(out, spec(format_name), [20])
+    if (beside := Place.of(*target).metadata).exists():
+        damage_json(beside, damage)
+    else:
+        found = pq.read_table(out)
+        metadata = {
+            **found.schema.metadata,
+            JOB_KEY: json.dumps(damage(json.loads(found.schema.metadata[JOB_KEY]))),
+        }
+        pq.write_table(found.replace_schema_metadata(metadata), out)
+    readers: list[Callable[[], object]] = [
+        lambda: write(out, spec(format_name), [20]),
+        lambda: write(out, spec(format_name), [20], "update"),
+        lambda: read_output(out),
+        lambda: known_rows(Place.of(*target)),
+    ]
+    for read in readers:
+        with pytest.raises(StateMismatch, match=re.escape(f"is damaged: {told}")) as refused:
+            read()
+        assert "--overwrite" in str(refused.value.hint)
+    write(out, spec(format_name), [20], "overwrite")
+    assert read_rows(out, format_name) == expected(20)
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", [], {"delete": [], "metadata": {}}, {"moves": [["a"]], "delete": [], "metadata": {}}]
+)
+def test_a_damaged_list_of_moves_is_named(target: Target, damaged: object) -> None:
+    """Nothing may be taken for done, or deleted, while it is unknown how far the moves came."""
+    out, format_name = target
+    write(out, spec(format_name), [12], finalise=False)
+    (staging_of(target) / "swap.json").write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    for read in (lambda: write(out, spec(format_name), [20], "overwrite"), lambda: read_output(out)):
+        with pytest.raises(StateMismatch, match=r"swap\.json is damaged") as refused:
+            read()
+        assert f"rm -r '{staging_of(target)}'" in str(refused.value.hint)
+    shutil.rmtree(staging_of(target))
     write(out, spec(format_name), [20], "overwrite")
     assert read_rows(out, format_name) == expected(20)
 
