@@ -52,6 +52,7 @@ class ClassifyPlanner(PlannerDefaults):
                 self._given.append(found)
         if not self._given or problems.lines:
             return None
+        problems.lines += _flags_of_media(inputs)
         if len(self._given) < len(wanted):
             problems.add("some inputs are vectors and others media; classify them in two runs")
         sizes = {one.source.embedding_size for one in self._given}
@@ -271,6 +272,22 @@ def _media_flags(inputs: InputArguments) -> list[str]:
     """Options that say which columns of the inputs are media."""
     kinds = ("image", "audio", "video", "text", "path")
     return [f"--{kind}-column" for kind in kinds if getattr(inputs, f"{kind}_column") is not None]
+
+
+def _flags_of_media(inputs: InputArguments) -> list[str]:
+    """What is asked of the inputs that vectors have no use for."""
+    found = []
+    if inputs.glob:
+        found.append(
+            f"--glob {' '.join(inputs.glob)} chooses media in a folder; these inputs are vectors, all of whose rows "
+            "are classified; leave it out"
+        )
+    if inputs.input_format not in (None, "parquet"):
+        found.append(
+            f"--input-format {inputs.input_format}: these inputs are vectors, which are read from Parquet; leave it "
+            "out, or name a column of media, e.g. --path-column path, to read those"
+        )
+    return found
 
 
 def _is_empty(folder: Path) -> bool:

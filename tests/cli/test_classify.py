@@ -156,6 +156,17 @@ def test_a_folder_of_vectors_is_input_and_examples(cli: Cli, embedded: Path, ani
     assert [row["label"] for row in rows(media.out)] == ["dog!", "cat!", "bird!", "cat!", "dog!"]
 
 
+def test_how_files_are_read_is_not_of_vectors(cli: Cli, embedded: Path) -> None:
+    """What cannot be heeded is refused: all rows would be classified, whatever was to be left out."""
+    common = ("classify", embedded, "-m", "fake:16", "--labels", "cat,dog")
+    done = cli(*common, "--glob", "part-1*", "--glob", "*.pq", "--input-format", "csv")
+    assert (done.code, done.out) == (2, "")
+    assert "--glob part-1* *.pq chooses media in a folder; these inputs are vectors" in done.err
+    assert "--input-format csv: these inputs are vectors, which are read from Parquet; leave it out" in done.err
+    same = cli(*common, "--input-format", "parquet")
+    assert (same.code, same.out) == (0, cli(*common).out)
+
+
 def test_a_head_needs_no_model_beside_vectors(cli: Cli, embedded: Path, animals: Path, tmp_path: Path) -> None:
     head = tmp_path / "head"
     made = cli("classify", embedded, "--examples", embedded, "--label-column", "truth", "--save-head", head)
