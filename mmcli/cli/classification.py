@@ -279,13 +279,13 @@ def _flags_of_media(inputs: InputArguments) -> list[str]:
     found = []
     if inputs.glob:
         found.append(
-            f"--glob {' '.join(inputs.glob)} chooses media in a folder; these inputs are vectors, all of whose rows "
-            "are classified; leave it out"
+            f"--glob {' '.join(inputs.glob)} chooses media in a folder; these inputs are vectors, all rows of "
+            "which are classified; leave it out"
         )
     if inputs.input_format not in (None, "parquet"):
         found.append(
-            f"--input-format {inputs.input_format}: these inputs are vectors, which are read from Parquet; leave it "
-            "out, or name a column of media, e.g. --path-column path, to read those"
+            f"--input-format {inputs.input_format}: these inputs are vectors, which are read from Parquet; leave "
+            "it out, or name a column of media, e.g. --path-column path, to read those"
         )
     return found
 
