@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from typer.core import TyperCommand
 
-from mmcli.core.errors import ConfigError
+from mmcli.cli.boundary import say
+from mmcli.core.errors import ConfigError, one_line
 
 OTHER = "Options"
+PREFIX, OF_TESTS = "MMCLI_", "MMCLI_TEST_"
 
 
 class Command(TyperCommand):
@@ -27,6 +31,16 @@ class Command(TyperCommand):
             if not problems:
                 raise
             raise ConfigError(problems, hint=f"{ctx.command_path} --help") from first
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; before that say which variables nothing reads."""
+        # One that a command without --quiet does not read asks for the same.
+        quiet = ctx.params.get("quiet", os.environ.get("MMCLI_QUIET", "") not in ("", "0"))
+        # Of several processes (torchrun) the first one talks.
+        if not quiet and ("LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"):
+            for note in unknown_variables(ctx.find_root().command, os.environ):
+                say(note)
+        return super().invoke(ctx)
 
     def _problems(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -61,6 +75,23 @@ class Command(TyperCommand):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def unknown_variables(group: Any, environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable that looks like one of mmcli's and is of no option of any command of `group`."""
+    named = [name for name in environment if name.startswith(PREFIX) and not name.startswith(OF_TESTS)]
+    if not named:
+        return []
+    from difflib import get_close_matches
+
+    options = (option for command in group.commands.values() for option in command.params)
+    known = {option.envvar.removeprefix(PREFIX) for option in options if option.envvar}
+    lines = []
+    for name in sorted({name.removeprefix(PREFIX) for name in named} - known):
+        near = get_close_matches(name, known, 1)
+        meant = f"did you mean {PREFIX}{near[0]}?" if near else "unset it"
+        lines.append(f"{PREFIX}{one_line(name)} is not known; {meant}")
+    return lines
 
 
 def _problem(parameter: Any, ctx: Any, values: dict[str, Any], error: Any) -> str:

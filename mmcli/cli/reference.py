@@ -59,7 +59,8 @@ def reference() -> str:
         "and a key of the file that `--config` names (`batch-size = 64`; a table `[embed]` for one command only).",
         "Flags are 1 or 0 there (`MMCLI_NORMALIZE=0`), true or false in the file (`normalize = false`); several",
         "patterns of `--glob` are separated by spaces, or a list in the file.",
-        "The command line wins over variables, variables over the file. `python -m mmcli` is the same as `mmcli`.",
+        "The command line wins over variables, variables over the file. A variable `MMCLI_…` that is none is told.",
+        "`python -m mmcli` is the same as `mmcli`.",
         "",
     ]
     group = typer.main.get_command(app)

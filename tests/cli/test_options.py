@@ -121,6 +121,23 @@ def test_bad_variables_all_at_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     assert "MMCLI_QUIET '7'" in done.err
 
 
+def test_misspelt_variables_are_told(cli: Cli, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each; those of another command, and of the tests, are none of these."""
+    monkeypatch.setenv("MMCLI_DEUBG", "1")
+    monkeypatch.setenv("MMCLI_XYZZY", "1")
+    monkeypatch.setenv("MMCLI_LABELS_FILE", "labels.txt")
+    monkeypatch.setenv("MMCLI_TEST_DATA", "data")
+    told = ["MMCLI_DEUBG is not known; did you mean MMCLI_DEBUG?", "MMCLI_XYZZY is not known; unset it"]
+    done = cli("embed", texts, "-m", "fake:4", "--num-workers", 1)
+    assert done.code == 0
+    assert [line for line in done.err.splitlines() if "MMCLI_" in line] == told
+    assert cli("embed", texts, "-m", "fake:4", "--quiet").err == ""
+    assert cli("eval", texts).err.splitlines()[:2] == told
+    monkeypatch.setenv("MMCLI_QUIET", "1")
+    assert "not known" not in cli("eval", texts).err
+    assert "not known" not in cli("--help").err
+
+
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
 def test_help(command: str, option: Any) -> None:
     assert option.help
