@@ -34,20 +34,24 @@ def decode_audio(container: Any, file: io.FileIO | io.BytesIO, options: DecodeOp
     reference. Resampled by torchaudio.functional.resample (Hann-windowed sinc), block by block. A stream that
     changes its rate midway is resampled part by part.
 
-    Raises RowError: `too_large` (longer than `options.max_seconds`; stops there), `truncated`, `corrupt` (also
-    samples that are not finite, or none at all), `unsupported_format` (no sound).
+    Raises RowError: `too_large` (longer than `options.max_seconds`, by the header or as it decodes), `truncated`,
+    `corrupt` (also samples that are not finite, or none at all), `unsupported_format` (no sound).
     """
     stream = best_stream(container, "audio")
     if stream is None:
         raise RowError("unsupported_format", "the file has no sound")
     prepare(stream)
+    promised = _promised_samples(container, stream, file)
+    if promised is not None and promised > options.max_seconds * stream.codec_context.sample_rate:
+        # Known at once, where to decode as far as the limit takes minutes. Fewer would be `truncated`.
+        raise _too_long(options)
     target, parts, seconds, samples = options.sampling_rate, [], 0.0, 0
     resampler: _Resampler | None = None
     for rate, block in _blocks(container, stream):
         seconds += len(block) / rate
         samples += len(block)
         if seconds > options.max_seconds:
-            raise RowError("too_large", f"the sound is longer than the limit of {options.max_seconds:g} s")
+            raise _too_long(options)
         if not np.isfinite(block).all():
             raise RowError("corrupt", f"samples that are not finite, before {seconds:.2f} s")
         target = target or rate
@@ -57,7 +61,9 @@ def decode_audio(container: Any, file: io.FileIO | io.BytesIO, options: DecodeOp
         parts += resampler.push(block)
     if resampler is None or target is None:
         raise RowError("corrupt", "the sound has no samples")
-    _check_count(container, stream, file, samples)
+    if promised is not None and samples < promised:
+        own = stream.codec_context.sample_rate
+        raise RowError("truncated", f"the sound ends after {samples / own:.2f} of {promised / own:.2f} s")
     parts += resampler.finish()
     return Audio(parts[0] if len(parts) == 1 else np.concatenate(parts), target)
 
@@ -97,15 +103,25 @@ def _mono(frame: Any) -> np.ndarray:
     return mono.astype(np.float32)  # type: ignore[no-any-return]
 
 
-def _check_count(container: Any, stream: Any, file: io.FileIO | io.BytesIO, samples: int) -> None:
-    """Refuse a sound with fewer samples than its header counts: FFmpeg plays what is there."""
+def _promised_samples(container: Any, stream: Any, file: io.FileIO | io.BytesIO) -> int | None:
+    """As many as the header counts, which FFmpeg does not ask for: it plays what is there. None: it counts none."""
     form, rate = container.format.name.split(",")[0], stream.codec_context.sample_rate
-    if stream.duration is None or not (form in _COUNTED or (form == "mp3" and mp3_length(file)[1])):
-        return
-    promised = int(stream.duration * stream.time_base * rate)
+    if stream.duration is None or not (form in _COUNTED or (form == "mp3" and _mp3_counts(file))):
+        return None
     slack = 3 * 1152 if form == "mp3" else 0  # the encoder's delay and padding, which the decoder cuts off
-    if samples < promised - slack:
-        raise RowError("truncated", f"the sound ends after {samples / rate:.2f} of {promised / rate:.2f} s")
+    return int(stream.duration * stream.time_base * rate) - slack
+
+
+def _mp3_counts(file: io.FileIO | io.BytesIO) -> bool:
+    """Whether an MP3's header does. Leaves the file where FFmpeg reads on."""
+    position = file.tell()
+    _, count = mp3_length(file)
+    file.seek(position)
+    return count > 0
+
+
+def _too_long(options: DecodeOptions) -> RowError:
+    return RowError("too_large", f"the sound is longer than the limit of {options.max_seconds:g} s")
 
 
 class _Resampler:

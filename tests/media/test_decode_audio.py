@@ -214,6 +214,19 @@ def test_too_long_stops_early():
     assert code(data, DecodeOptions(max_seconds=19.9), "audio") == "too_large"
 
 
+def test_a_length_that_the_header_tells_is_not_decoded(tmp_path):
+    """3 GB of which nearly nothing is on disk, as in a file system's holes; its first sample would be `corrupt`."""
+    size = 3 * 10**9
+    head = bytearray(wav(np.array([np.nan], np.float32), bits=32, tag=3))
+    head[4:8], head[40:44] = struct.pack("<I", size + 36), struct.pack("<I", size)
+    path = tmp_path / "huge.wav"
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(44 + size)
+    assert code(path, modality="audio") == "too_large"
+    assert code(path, DecodeOptions(max_seconds=1e6), "audio") == "corrupt"
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_not_finite(value):
     samples = tone().astype(np.float32)
