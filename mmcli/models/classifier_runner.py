@@ -14,7 +14,6 @@ from mmcli.models.classifier import ClassifierHead
 from mmcli.models.concurrent import concurrent
 from mmcli.models.encoder import CHANNELS_LAST, TRAINING_ONLY
 from mmcli.models.entailment import Pairs
-from mmcli.models.masks import for_attention
 from mmcli.models.pending import PendingVectors
 from mmcli.models.plan import ClassificationPlan
 from mmcli.models.runner import Batch, TorchRunner, Tower, load_model
@@ -100,10 +99,9 @@ def _logits_of(model: Any) -> Tower:
     accepted = set(inspect.signature(model.forward).parameters)
     # V-JEPA 2 predicts hidden patches, and decoders keep a cache, which nothing here reads.
     options = {name: value for name, value in (("use_cache", False), ("skip_predictor", True)) if name in accepted}
-    prepared = for_attention(model, model.device)
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        given = {name: tensor for name, tensor in prepared(inputs).items() if name in accepted}
+        given = {name: tensor for name, tensor in inputs.items() if name in accepted}
         output = model(**given, **options)
         # PP-LCNet has another name for them.
         logits: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state

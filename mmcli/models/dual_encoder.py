@@ -240,7 +240,7 @@ def _features(method: Callable[..., Any], row: DualEncoder) -> Tower:
     # A tokenizer may give more than a model takes (token_type_ids).
     accepted = set(inspect.signature(method).parameters)
     if row.causal:
-        # With one, transformers asks the device whether anything is masked, and waits (see mmcli.models.masks).
+        # With one, transformers asks the device whether anything is masked, and waits for all batches before.
         accepted -= {"attention_mask"}
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

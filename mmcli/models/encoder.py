@@ -258,15 +258,12 @@ def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
 
 def encoder_tower(model: Any, pooling: Pooling) -> Tower:
     """model(...) -> pooled [n, D]."""
-    from mmcli.models.masks import for_attention
-
     accepted = set(inspect.signature(model.forward).parameters)
     # V-JEPA 2 predicts hidden patches beside, which nothing here reads.
     options = {"skip_predictor": True} if "skip_predictor" in accepted else {}
-    prepared = for_attention(model, model.device)
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        output = model(**{name: tensor for name, tensor in prepared(inputs).items() if name in accepted}, **options)
+        output = model(**{name: tensor for name, tensor in inputs.items() if name in accepted}, **options)
         mask = inputs.get("attention_mask")
         if mask is not None and "input_values" in inputs:
             # Of samples -> of the frames that the convolutions make of them.

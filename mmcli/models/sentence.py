@@ -301,19 +301,18 @@ def load(plan: EmbeddingPlan, device: torch.device) -> Loaded:
     import transformers
 
     from mmcli.models.head import Similarity
-    from mmcli.models.masks import for_attention
     from mmcli.models.runner import Loaded, load_model
 
     pipeline: Pipeline = plan.detail
     name = _ENCODER_CLASSES.get(plan.checkpoint.config.model_type, "AutoModel")
     needs_pooler = pipeline.output == "pooler_output"
     model = load_model(getattr(transformers, name), plan, device, unused=() if needs_pooler else ("pooler.",))
-    accepted, prepared = set(inspect.signature(model.forward).parameters), for_attention(model, device)
+    accepted = set(inspect.signature(model.forward).parameters)
     start = "sentence_embedding" if needs_pooler else "token_embeddings"
     steps = [_step(plan, module, device) for module in pipeline.modules]
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        output = model(**{name: tensor for name, tensor in prepared(inputs).items() if name in accepted})
+        output = model(**{name: tensor for name, tensor in inputs.items() if name in accepted})
         features: Features = {start: output[pipeline.output], "mask": inputs["attention_mask"]}
         for step in steps:
             step(features)

@@ -366,3 +366,20 @@ def test_zero_shot_through_mmcli_names_the_sample_pictures(sample_data: Path) ->
     classes = run("text", [f"a photo of a {label}" for label in labels], 64, len(labels))
     chosen = (run("image", payloads, 64, len(payloads)) @ classes.T).argmax(axis=1)
     assert np.mean([labels[index] == row["label"] for index, row in zip(chosen, rows, strict=True)]) >= 0.9
+
+
+@pytest.mark.parametrize("name", ["clip", "metaclip_2", "xclip"])
+def test_a_text_tower_asks_nothing_of_the_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bool(tensor)` and `tensor.item()` wait for all that a device has to do."""
+    run = Run(tiny_dual.BUILDERS[name](tmp_path), device="cpu")
+    batch = run.runner.collate([run.processor("text", text) for text in ("a photo of a cat", "a dog")])
+    assert not batch.tensors["attention_mask"].all()
+    for question in ("__bool__", "item", "tolist", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, question, _refuse)
+    run.runner.forward(batch)
+
+
+def _refuse(*_: Any) -> None:
+    raise AssertionError("the device was asked")
