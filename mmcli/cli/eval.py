@@ -16,6 +16,7 @@ import typer
 from mmcli.cli import parse
 from mmcli.cli.options import MESSAGES, OUTPUT, ConfigOption, _option, with_options
 from mmcli.core.errors import ConfigError, ExitCode, OutputError, StateMismatch
+from mmcli.core.state import DamagedState
 
 if TYPE_CHECKING:
     from mmcli.evaluation.kinds import Columns
@@ -430,6 +431,8 @@ def _open(path: str) -> Table:
         return open_table(path)
     try:
         return _of_run(path, read_output(path))
+    except DamagedState:
+        raise
     except (StateMismatch, ConfigError):
         if os.path.exists(os.path.join(path, "_SUCCESS.json")):
             raise

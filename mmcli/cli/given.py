@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmcli.core.errors import ConfigError, MmcliError
+from mmcli.core.state import DamagedState
 
 if TYPE_CHECKING:
     from mmcli.sources.vectors import VectorSource
@@ -47,6 +48,8 @@ def _embedded(name: str) -> tuple[dict[str, Any] | None, list[str]]:
         return None, []
     try:
         info = read_output(name)
+    except DamagedState as error:
+        raise ConfigError(f"{name}: {error.message}; {error.hint}") from error
     except MmcliError:
         return None, []
     if info.metadata.get("task") != "embed":

@@ -19,24 +19,28 @@ _WORDS: dict[type, str] = {
 JOB_SHAPE: Shape = {"task": str, "model": dict, "options": dict, "inputs": dict}
 
 
+class DamagedState(StateMismatch):
+    """What an earlier run has left was changed since, and makes no sense any more."""
+
+
 def read_state(path: Path, shape: Shape, hint: str) -> dict[str, Any] | None:
     """The JSON object in a file; None when there is no file. `hint`: what to type when it is damaged.
 
-    Raises StateMismatch when it is no JSON, or not of that shape; OSError when it cannot be read.
+    Raises DamagedState when it is no JSON, or not of that shape; OSError when it cannot be read.
     """
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError):
-        raise StateMismatch(f"{path} is damaged: it is not JSON", hint=hint) from None
+        raise DamagedState(f"{path} is damaged: it is not JSON", hint=hint) from None
     return check_state(value, shape, str(path), hint)
 
 
 def check_state(value: Any, shape: Shape, where: str, hint: str) -> dict[str, Any]:
-    """`value`, when it is of that shape. Raises StateMismatch, which says what of `where` is not."""
+    """`value`, when it is of that shape. Raises DamagedState, which says what of `where` is not."""
     if problem := _problem(value, shape, ""):
-        raise StateMismatch(f"{where} is damaged: {problem}", hint=hint)
+        raise DamagedState(f"{where} is damaged: {problem}", hint=hint)
     return value  # type: ignore[no-any-return]
 
 

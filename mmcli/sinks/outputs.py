@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from mmcli.core.durable import read_json
 from mmcli.core.errors import ConfigError, StateMismatch
 from mmcli.core.job import Job
-from mmcli.core.state import JOB_SHAPE, Shape, check_state, read_state
+from mmcli.core.state import JOB_SHAPE, DamagedState, Shape, check_state, read_state
 from mmcli.sinks.formats import FORMATS
 from mmcli.sinks.parts import JOB_KEY, read_parts, total_errors
 from mmcli.sinks.place import Place
@@ -87,11 +87,16 @@ class OutputInfo:
 def read_output(path: str | Path) -> OutputInfo:
     """Read what is known about an output, finished or not, without reading its rows.
 
-    Raises ConfigError when there is nothing or it cannot be read, StateMismatch when it was not written by mmcli
-    or is damaged.
+    Raises ConfigError when there is nothing or it cannot be read, StateMismatch when it was not written by mmcli,
+    DamagedState when it was and is damaged.
     """
     try:
         return _read_output(Path(path))
+    except DamagedState as error:
+        if error.hint == ANEW:
+            # To who reads it: only who writes has the command at hand.
+            error.hint = "the command that wrote it again, with --overwrite"
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -182,7 +187,7 @@ def _info(place: Place, metadata: Any, schema: pa.Schema, where: str) -> OutputI
 def _check_values(metadata: dict[str, Any], where: str) -> None:
     """Raise StateMismatch for lists and counts that hold something else, and for a format that there is none of."""
     if metadata["format"] not in FORMATS:
-        raise StateMismatch(f"{where} is damaged: format is {metadata['format']!r}", hint=ANEW)
+        raise DamagedState(f"{where} is damaged: format is {metadata['format']!r}", hint=ANEW)
     lists = {name: metadata.get(name) or [] for name in ("files", "notes")}
     check_state(lists, dict.fromkeys(lists, list), where, ANEW)
     for name, values in lists.items():
@@ -214,7 +219,7 @@ def read_swap(place: Place) -> dict[str, Any] | None:
         names = {f"delete[{index}]": name for index, name in enumerate(swap["delete"])}
         check_state(names, dict.fromkeys(names, str), str(path), hint)
         if not swap["moves"] or not all(_is_move(move) for move in swap["moves"]):
-            raise StateMismatch(f"{path} is damaged: moves are not all pairs of names", hint=hint)
+            raise DamagedState(f"{path} is damaged: moves are not all pairs of names", hint=hint)
     return swap
 
 
@@ -243,7 +248,7 @@ def decode_schema(value: dict[str, Any], where: str) -> pa.Schema:
     try:
         return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value["arrow_schema"])))
     except (ValueError, OSError, EOFError, pa.ArrowException) as error:
-        raise StateMismatch(f"{where} is damaged: arrow_schema is none", hint=ANEW) from error
+        raise DamagedState(f"{where} is damaged: arrow_schema is none", hint=ANEW) from error
 
 
 def without_inputs(job: dict[str, Any]) -> dict[str, Any]:

@@ -99,11 +99,18 @@ def test_a_run_json_that_was_damaged(cli: Cli, texts: Path, tmp_path: Path) -> N
     (texts / "2.jpg").write_bytes(b"no picture")
     assert cli(*write, "--on-error", "fail", "--batch-size", 1, "--part-rows", 1).code == 4
     (tmp_path / "o.parquet.mmcli" / "run.json").write_text('{"job": []}')
-    for asked in (write, (*write, "--update"), (*write, "--retry-errors"), ("inspect", tmp_path / "o.parquet")):
+    told = f"{tmp_path}/o.parquet.mmcli/run.json is damaged: fingerprint is missing"
+    for asked in (write, (*write, "--update"), (*write, "--retry-errors")):
         done = cli(*asked)
         assert done.code == 6, done.err
-        assert f"{tmp_path}/o.parquet.mmcli/run.json is damaged: fingerprint is missing" in done.err
-        assert "try: add --overwrite" in done.err
+        assert f"{told}\n  try: add --overwrite" in done.err
+    for asked in (("inspect", tmp_path / "o.parquet"), ("eval", tmp_path / "o.parquet", "--truth", "l")):
+        done = cli(*asked)
+        assert done.code == 6, done.err
+        assert f"{told}\n  try: the command that wrote it again, with --overwrite" in done.err
+    vectors = cli("classify", tmp_path / "o.parquet", "-m", "fake:4", "--labels", "a,b")
+    assert vectors.code == 2
+    assert f"{told}; the command that wrote it again, with --overwrite" in vectors.err
     (texts / "2.jpg").unlink()
     assert cli(*write, "--overwrite").code == 0
 
