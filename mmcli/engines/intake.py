@@ -252,5 +252,5 @@ def _nbytes(outcomes: Sequence[object]) -> int:
 def _encoded_bytes(record: Record) -> int:
     total = 0
     for media in record.media:
-        total += media.size or (len(media.data) if media.data is not None else 0)
+        total += media.size or len(media.data or media.text or "")
     return total

@@ -41,7 +41,7 @@ from mmcli.core.report import Report
 from mmcli.engines.batching import Arrived, BatchSize
 from mmcli.engines.ceilings import RepeatedSource, formed_batches, measure_decoding
 from mmcli.engines.forward import Forward
-from mmcli.engines.intake import BLOCK_ROWS, MAX_BYTES
+from mmcli.engines.intake import BLOCK_BYTES, BLOCK_ROWS, MAX_BYTES, TEXT_BLOCK_ROWS, Intake
 from mmcli.engines.local import StopFlag
 from mmcli.media.pool import InlineDecoder
 from mmcli.models.fake import FakePlan, FakeProcessor, FakeRunner
@@ -456,6 +456,29 @@ def test_a_few_inputs_again_and_again_are_decoded_in_blocks_as_large_as_those_of
     assert sum(sizes) == 2000
     # Small ones until the first have come, and the last.
     assert sizes.count(BLOCK_ROWS) * BLOCK_ROWS > 1500
+
+
+@pytest.mark.parametrize(("letters", "most"), [(10, TEXT_BLOCK_ROWS), (100_000, BLOCK_BYTES // 100_000)])
+def test_a_block_holds_many_short_texts_or_few_long_ones(letters, most):
+    sizes = []
+
+    class Noting(InlineDecoder):
+        def run(self, blocks, may_read):
+            return super().run((sizes.append(len(block)) or block for block in blocks), may_read)
+
+    model = plan()
+    source = ListSource([text_record(row, str(row).zfill(letters)) for row in range(600)])
+    report = Report(rows_total=100_000)
+    decoder = Noting(model, model.decode)
+    intake = Intake(source, decoder, report, 0, max_rows=10**9, block_rows=TEXT_BLOCK_ROWS)
+    intake.start()
+    rows = []
+    while (arrived := intake.get(timeout=60)) is not None:
+        rows += [row.record.row for row in arrived]
+    intake.close()
+    assert rows == list(range(600))
+    assert max(sizes) == most
+    assert sum(sizes) == 600
 
 
 def test_a_few_batches_that_are_measured_stand_for_all():
