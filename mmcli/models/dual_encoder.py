@@ -43,7 +43,8 @@ class DualEncoder:
     max_length   where texts are cut, when the text tower's own limit is not it
     num_frames   where it has the frames of a clip that a video tower takes
     first_token  it gives a vector per token, of which its contrastive loss takes the first
-    causal       its text tower looks only back, and so never at padding, which is on the right
+    causal       its text tower is CLIP's: it looks only back, and so never at padding, which is on the right;
+                 and it takes a text's end for its vector, which may be found as the largest id
     model_class  the transformers class, or JOINED; None: AutoModel's
     scale        the parameter that scales logits: by its exponential, or "temperature" divides; None: it has none
     activation   of its logits, as it was trained
@@ -89,6 +90,9 @@ BY_ARCHITECTURE = {
     ),
 }
 
+# Unlisted types whose text tower is CLIP's.
+_CAUSAL = frozenset({"clipseg", "groupvit", "owlvit"})
+
 
 def generic_row(checkpoint: Checkpoint) -> DualEncoder | None:
     """A row for an unlisted type whose model offers get_text_features and one more; None when it does not.
@@ -108,7 +112,8 @@ def generic_row(checkpoint: Checkpoint) -> DualEncoder | None:
     for modality in candidates:
         if hasattr(model_class, f"get_{modality}_features"):
             found.append(modality)
-    return DualEncoder(tuple(found)) if "text" in found and len(found) > 1 else None
+    causal = config.model_type in _CAUSAL
+    return DualEncoder(tuple(found), causal=causal) if "text" in found and len(found) > 1 else None
 
 
 def plan(checkpoint: Checkpoint, options: ModelOptions, dtype: str, row: DualEncoder) -> EmbeddingPlan:
@@ -182,7 +187,11 @@ def towers_of(model: Any, plan: EmbeddingPlan) -> Loaded:
     if row.model_class == "BlipForImageTextRetrieval":
         towers: dict[Modality, Tower] = {"text": _blip_text(model), "image": _blip_image(model)}
     else:
-        towers = {m: _features(getattr(model, f"get_{m}_features"), row) for m in row.modalities}
+        # A config.json may say of CLIP's tower that it looks both ways.
+        unmasked = row.causal and getattr(model.config.text_config, "is_causal", True)
+        unused = {"attention_mask"} if unmasked else set()
+        methods = {m: getattr(model, f"get_{m}_features") for m in row.modalities}
+        towers = {m: _features(method, row.first_token, unused) for m, method in methods.items()}
     if plan.inputs.video and not plan.inputs.video.native:
         towers["video"] = frame_tower(towers["image"], plan.normalize)
     return Loaded(towers, _similarity(model, row), _conditioned(model) if row.conditioned else None)
@@ -235,18 +244,19 @@ def texts_beside(model: Any, texts: torch.Tensor, clips: torch.Tensor) -> torch.
     return beside
 
 
-def _features(method: Callable[..., Any], row: DualEncoder) -> Tower:
-    """`get_*_features`. Its result is an output whose pooler_output holds the vectors [n, D], not normalised."""
+def _features(method: Callable[..., Any], first_token: bool, unused: set[str]) -> Tower:
+    """`get_*_features`. Its result is an output whose pooler_output holds the vectors [n, D], not normalised.
+
+    unused  inputs that make no difference. With a mask, transformers asks the device whether anything is masked,
+            and waits for all batches before.
+    """
     # A tokenizer may give more than a model takes (token_type_ids).
-    accepted = set(inspect.signature(method).parameters)
-    if row.causal:
-        # With one, transformers asks the device whether anything is masked, and waits for all batches before.
-        accepted -= {"attention_mask"}
+    accepted = set(inspect.signature(method).parameters) - unused
 
     def tower(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         output = method(**{name: tensor for name, tensor in inputs.items() if name in accepted})
         vectors: torch.Tensor = output.pooler_output
-        return vectors[:, 0] if row.first_token else vectors
+        return vectors[:, 0] if first_token else vectors
 
     return tower
 

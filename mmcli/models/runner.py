@@ -265,7 +265,9 @@ def _text_fill(plan: CheckpointPlan) -> dict[str, int]:
     if plan.inputs.text is None:
         return {}
     tokenizer = open_tokenizer(plan.processor_of("text"))
-    return {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    # CLIP's towers may take the largest id for the end of a text: a padding token behind it would be taken instead.
+    tokens = 0 if getattr(plan.detail, "causal", False) else tokenizer.pad_token_id or 0
+    return {"input_ids": tokens, "token_type_ids": tokenizer.pad_token_type_id}
 
 
 def _normalization(plan: CheckpointPlan) -> Normalize | None:

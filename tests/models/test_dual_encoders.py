@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from model_runs import DEVICE, Run, assert_same, plan_of
 from PIL import Image
+from torch import nn
 
 from mmcli.core.errors import RowError
 from mmcli.core.records import Audio, Media, Modality, Payload, Video
@@ -173,6 +174,35 @@ def compare(
 @pytest.mark.parametrize("name", [*LIMITS, "xclip_flat"])
 def test_texts_equal_the_reference(tiny: Callable[[str], Path], name: str, record_property: Any) -> None:
     compare(name, tiny(name), "text", TEXTS, record_property)
+
+
+@pytest.mark.parametrize("name", ["clip", "clipseg", "groupvit", "xclip"])
+def test_a_padding_token_above_the_end_is_not_taken_for_it(
+    tiny: Callable[[str], Path], name: str, tmp_path: Path, record_property: Any
+) -> None:
+    """Of the older checkpoints, whose eos_token_id is 2, a text ends at its largest id."""
+    folder = Path(shutil.copytree(tiny(name), tmp_path / "model"))
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    model = hf.AutoModel.from_pretrained(folder)
+    text_config = model.config.text_config
+    text_config.eos_token_id, text_config.vocab_size = 2, len(tokenizer)
+    model.text_model.embeddings.token_embedding = nn.Embedding(len(tokenizer), text_config.hidden_size)
+    model.save_pretrained(folder)
+    assert tokenizer.pad_token_id > tokenizer.eos_token_id
+    compare(name, folder, "text", TEXTS, record_property)
+
+
+def test_a_text_tower_that_looks_both_ways_gets_its_mask(
+    tiny: Callable[[str], Path], tmp_path: Path, record_property: Any
+) -> None:
+    folder = Path(shutil.copytree(tiny("clip"), tmp_path / "model"))
+    config = hf.AutoConfig.from_pretrained(folder)
+    config.text_config.is_causal = False
+    config.save_pretrained(folder)
+    run = Run(folder, attn_implementation="eager")
+    assert_same(run("text", TEXTS, 64, 66), Reference("clip", folder)("text", TEXTS))
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
@@ -368,7 +398,7 @@ def test_zero_shot_through_mmcli_names_the_sample_pictures(sample_data: Path) ->
     assert np.mean([labels[index] == row["label"] for index, row in zip(chosen, rows, strict=True)]) >= 0.9
 
 
-@pytest.mark.parametrize("name", ["clip", "metaclip_2", "xclip"])
+@pytest.mark.parametrize("name", ["clip", "clipseg", "groupvit", "metaclip_2", "owlvit", "xclip"])
 def test_a_text_tower_asks_nothing_of_the_device(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
