@@ -67,13 +67,14 @@ def _column(arrays: list[np.ndarray], others: Iterable[Column]) -> Column | None
         return None
     shapes: tuple[int, ...] | list[int] | list[tuple[int, ...]] = [a.shape for a in arrays]
     # Rows of an array of numbers would be numbers, not arrays.
+    flat = all(a.ndim == 1 for a in arrays)
     if first.ndim > 0 and all(a.shape == first.shape for a in arrays):
         shapes = first.shape
-    elif all(a.ndim == 1 for a in arrays):
+    elif flat:
         shapes = [len(a) for a in arrays]
     values = np.concatenate([a.reshape(-1) for a in arrays])
     # A text's mask is ones and its token types are zeros: a third is left to send, and to cut up there.
-    if first.ndim == 1 and first.dtype.kind in "biu" and len(values) and (values == values[0]).all():
+    if flat and first.dtype.kind in "biu" and len(values) and (values == values[0]).all():
         values = values[0].reshape(())
     # One list for all that have it: it is pickled once.
     shapes = next((other.shapes for other in others if other.shapes == shapes), shapes)

@@ -88,9 +88,10 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        # Forgotten first: a signal that comes while it is closed ends in another release.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def holder(path: Path) -> str | None:

@@ -255,9 +255,10 @@ class _SignatureFile:
             yield row, np.frombuffer(raw, ">i8")[::2].astype(np.int64)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        # As Lock.release.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class _Index:

@@ -49,8 +49,9 @@ def same(found: Outcomes, wanted: Outcomes) -> None:
         [(Sample("text", {"score": np.array(n, np.float32)}),) for n in range(3)],
         [(Sample("text", {"types": np.zeros(n, int), "mask": np.ones(m, int)}),) for n, m in ((2, 3), (4, 1))],
         [(Sample("text", {"signs": np.array(signs)}),) for signs in ([0.0], [-0.0, 0.0])],
+        [(Sample("text", {"mask": np.ones(shape, int)}),) for shape in (2, (2, 2))],
     ],
-    ids=["lengths", "equal", "empty", "pictures", "sizes", "numbers", "one value", "zeros"],
+    ids=["lengths", "equal", "empty", "pictures", "sizes", "numbers", "one value", "zeros", "dimensions"],
 )
 def test_what_is_packed_comes_out_as_it_was(outcomes: Outcomes) -> None:
     packed = pack(outcomes)

@@ -15,6 +15,7 @@ from sink_rows import expected, read_rows, signature_of, spec, table, write
 
 from mmcli.core.errors import TryAgain
 from mmcli.sinks.commit import Staging
+from mmcli.sinks.lock import Lock
 
 HOLD = """
 import sys, time
@@ -115,3 +116,20 @@ def test_a_finished_run_leaves_the_next_one_alone(target: tuple[str, str]) -> No
     second.commit(table(0, 4, 1), 0, [signature_of(row) for row in range(4)])
     second.finalise(4)
     assert read_rows(out, format_name) == expected(4, 1)
+
+
+def test_a_signal_while_it_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the very end of a run: the lock is given back once more on the way out."""
+    close = os.close
+
+    def interrupted(descriptor: int) -> None:
+        close(descriptor)
+        raise KeyboardInterrupt
+
+    lock = Lock([tmp_path / "out.parquet.mmcli"])
+    lock.acquire()
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lock.release()
+    lock.release()
+    assert not lock.held
