@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,13 +103,22 @@ def _fsync(path: Path, flags: int) -> None:
 
 def make_folder(path: Path) -> None:
     """Create one folder, durably; an existing one is fine."""
-    try:
-        path.mkdir()
-    except FileExistsError:
-        if not path.is_dir():
-            raise
+    while True:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            try:
+                there = path.stat()
+            except FileNotFoundError:
+                # Another run has removed it meanwhile; or it is a link to nothing.
+                if path.is_symlink():
+                    raise
+                continue
+            if not stat.S_ISDIR(there.st_mode):
+                raise
+            return
+        fsync_folder(path.parent)
         return
-    fsync_folder(path.parent)
 
 
 def remove(path: Path) -> None:

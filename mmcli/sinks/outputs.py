@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcli.core.durable import read_json
 from mmcli.core.errors import ConfigError, StateMismatch
 from mmcli.core.job import Job
 from mmcli.core.state import JOB_SHAPE, DamagedState, Shape, check_state, read_state
@@ -123,14 +122,14 @@ def finished_output(place: Place, whole: bool = True) -> OutputInfo | None:
         return None
     if place.folder:
         return _finished_folder(place, whole)
-    metadata = read_json(place.metadata)
+    metadata = read_state(place.metadata, {}, ANEW)
     if metadata is not None and metadata.get("bytes") == place.out.stat().st_size:
         return _described(place, metadata, place.metadata)
     return _finished_parquet(place)
 
 
 def _finished_folder(place: Place, whole: bool) -> OutputInfo | None:
-    metadata = read_json(place.metadata)
+    metadata = read_state(place.metadata, {}, ANEW)
     if metadata is not None and "fingerprint" in metadata:
         info = _described(place, metadata, place.metadata)
         lost = [name for name in info.files if not (place.out / name).is_file()]

@@ -314,6 +314,21 @@ def test_damaged_metadata_of_a_finished_output_are_named(target: Target, name: s
     assert read_rows(out, format_name) == expected(20)
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[" * 100_000, "[]"])
+def test_metadata_beside_a_finished_output_that_are_no_object_are_named(target: Target, damaged: str) -> None:
+    out, format_name = target
+    write(out, spec(format_name), [20])
+    if not (beside := Place.of(*target).metadata).exists():
+        return
+    beside.write_text(damaged)
+    for read in (lambda: write(out, spec(format_name), [20]), lambda: read_output(out)):
+        with pytest.raises(StateMismatch, match=re.escape(f"{beside} is damaged: it is ")) as refused:
+            read()
+        assert "--overwrite" in str(refused.value.hint)
+    write(out, spec(format_name), [20], "overwrite")
+    assert read_rows(out, format_name) == expected(20)
+
+
 @pytest.mark.parametrize(
     "damaged", ["{", [], {"delete": [], "metadata": {}}, {"moves": [["a"]], "delete": [], "metadata": {}}]
 )
