@@ -33,6 +33,11 @@ class Outcome:
     reason: str | None = None
 
 
+def is_set(name: str) -> bool:
+    """Whether the variable of a flag says so, as its option reads it."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "f", "no", "n", "off")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run mmcli with `arguments` (without the program's name); returns the exit code, never raises."""
 
@@ -41,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
         return invoke(arguments)
 
-    debug = "--debug" in arguments or os.environ.get("MMCLI_DEBUG", "") not in ("", "0")
+    debug = "--debug" in arguments or is_set("MMCLI_DEBUG")
     return guard(invoke, debug=debug).exit_code
 
 

@@ -280,7 +280,7 @@ def _flags_of_media(inputs: InputArguments) -> list[str]:
     if inputs.glob:
         found.append(
             f"--glob {' '.join(inputs.glob)} chooses media in a folder; these inputs are vectors, all rows of "
-            "which are classified; leave it out"
+            "which are classified; leave it out (in a --config file it can be under [embed])"
         )
     if inputs.input_format not in (None, "parquet"):
         found.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from mmcli.cli.boundary import say
+from mmcli.cli.boundary import is_set, say
 from mmcli.core.errors import ConfigError, one_line
 
 OTHER = "Options"
@@ -35,7 +35,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; before that say which variables nothing reads."""
         # One that a command without --quiet does not read asks for the same.
-        quiet = ctx.params.get("quiet", os.environ.get("MMCLI_QUIET", "") not in ("", "0"))
+        quiet = ctx.params.get("quiet", is_set("MMCLI_QUIET"))
         # Of several processes (torchrun) the first one talks.
         if not quiet and ("LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"):
             for note in unknown_variables(ctx.find_root().command, os.environ):

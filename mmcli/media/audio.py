@@ -12,7 +12,7 @@ import numpy as np
 
 from mmcli.core.errors import RowError
 from mmcli.core.records import Audio, DecodeOptions
-from mmcli.media.complete import mp3_length
+from mmcli.media.complete import mp3_samples
 from mmcli.media.container import best_stream, decoded, prepare
 
 # Formats whose header counts the samples.
@@ -106,18 +106,16 @@ def _mono(frame: Any) -> np.ndarray:
 def _promised_samples(container: Any, stream: Any, file: io.FileIO | io.BytesIO) -> int | None:
     """As many as the header counts, which FFmpeg does not ask for: it plays what is there. None: it counts none."""
     form, rate = container.format.name.split(",")[0], stream.codec_context.sample_rate
-    if stream.duration is None or not (form in _COUNTED or (form == "mp3" and _mp3_counts(file))):
+    if form == "mp3":
+        # Less the encoder's delay and padding, which the decoder cuts off. FFmpeg's duration is a guess for files
+        # that were joined.
+        position = file.tell()
+        counted = mp3_samples(file)
+        file.seek(position)
+        return None if counted is None else counted - 3 * 1152
+    if stream.duration is None or form not in _COUNTED:
         return None
-    slack = 3 * 1152 if form == "mp3" else 0  # the encoder's delay and padding, which the decoder cuts off
-    return int(stream.duration * stream.time_base * rate) - slack
-
-
-def _mp3_counts(file: io.FileIO | io.BytesIO) -> bool:
-    """Whether an MP3's header does. Leaves the file where FFmpeg reads on."""
-    position = file.tell()
-    _, count = mp3_length(file)
-    file.seek(position)
-    return count > 0
+    return int(stream.duration * stream.time_base * rate)
 
 
 def _too_long(options: DecodeOptions) -> RowError:

@@ -18,8 +18,8 @@ File = io.FileIO | io.BytesIO
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _ASF = bytes.fromhex("3026b2758e66cf11")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-# A writer that cannot go back leaves one of these as the size of what it streams.
-_STREAMED = {0, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE}
+# A writer that cannot go back leaves one of these as the size of what it streams (arecord 0x7FFFFF00).
+_STREAMED = {0, 0x7FFFFFFF, 0x7FFFFF00, 0x7FFFF000, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE}
 _MAX_OGG_PAGE = 27 + 255 + 255 * 255
 _MAX_ELEMENTS = 100_000
 
@@ -121,6 +121,19 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
 
 def mp3_length(file: File) -> tuple[int, int]:
     """Where an MP3's first frame starts, and how many bytes its Xing or LAME header counts; 0 without one."""
+    start, _, counts = _xing(file)
+    return start, counts[1] or 0
+
+
+def mp3_samples(file: File) -> int | None:
+    """As many as the frames that an MP3's Xing or LAME header counts hold; None without one."""
+    _, frame, counts = _xing(file)
+    # MPEG 1 has 1,152 in a frame, MPEG 2 and 2.5 have half of that.
+    return None if counts[0] is None else counts[0] * (1152 if frame[1] & 0x08 else 576)
+
+
+def _xing(file: File) -> tuple[int, bytes, tuple[int | None, int | None]]:
+    """Where the first frame starts, its first bytes, and what its header counts: frames and bytes."""
     file.seek(0)
     head = file.read(10)
     start = 0
@@ -130,9 +143,9 @@ def mp3_length(file: File) -> tuple[int, int]:
     frame = file.read(256)
     at = max(frame.find(b"Xing"), frame.find(b"Info"))
     if at < 0 or len(frame) < at + 16:
-        return start, 0
-    flags, _, count = struct.unpack_from(">III", frame, at + 4)
-    return start, count if flags & 3 == 3 else 0
+        return start, frame, (None, None)
+    flags, frames, count = struct.unpack_from(">III", frame, at + 4)
+    return start, frame, (frames if flags & 1 else None, count if flags & 3 == 3 else None)
 
 
 def _missing_of_ogg(file: File, size: int) -> int:

@@ -133,6 +133,8 @@ def test_misspelt_variables_are_told(cli: Cli, texts: Path, monkeypatch: pytest.
     assert [line for line in done.err.splitlines() if "MMCLI_" in line] == told
     assert cli("embed", texts, "-m", "fake:4", "--quiet").err == ""
     assert cli("eval", texts).err.splitlines()[:2] == told
+    monkeypatch.setenv("MMCLI_QUIET", "false")
+    assert cli("eval", texts).err.splitlines()[:2] == told
     monkeypatch.setenv("MMCLI_QUIET", "1")
     assert "not known" not in cli("eval", texts).err
     assert "not known" not in cli("--help").err

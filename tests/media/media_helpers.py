@@ -71,14 +71,23 @@ def pitch(sound):
     return np.argmax(spectrum) * sound.sampling_rate / (1 << 18)
 
 
-def encoded_sound(samples, rate, container="wav", codec="pcm_s16le", layout="mono", sample_format="s16", **options):
+def encoded_sound(
+    samples,
+    rate,
+    container="wav",
+    codec="pcm_s16le",
+    layout="mono",
+    sample_format="s16",
+    bit_rate=128_000,
+    **options,
+):
     """`samples`: [channels, n], of the type that `sample_format` (planar or not) asks for."""
     samples = np.atleast_2d(samples)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, options=options)
         stream.codec_context.layout = layout
-        stream.codec_context.bit_rate = 128_000
+        stream.codec_context.bit_rate = bit_rate
         stream.codec_context.format = sample_format
         data = samples if sample_format.endswith("p") else samples.T.reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data), format=sample_format, layout=layout)

@@ -251,6 +251,18 @@ COMPRESSED = {
 }
 
 
+def test_joined_mp3s_are_whole():
+    """The first one's header counts its own frames; what FFmpeg guesses of both is three times too long."""
+    quiet, loud = np.zeros(5 * 44100, np.int16), RNG.normal(0, 8000, 5 * 44100).astype(np.int16)
+    first, second = (
+        encoded_sound(samples, 44100, "mp3", "libmp3lame", sample_format="s16p", bit_rate=rate)
+        for samples, rate in ((quiet, 32_000), (loud, 160_000))
+    )
+    both = first + second[second.index(b"\xff\xfb") :]
+    assert len(sound(both).waveform) == pytest.approx(10 * 44100, rel=0.02)
+    assert len(sound(both, max_seconds=11).waveform) == pytest.approx(10 * 44100, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_a_truncated_sound_is_an_error(kind):
     container, codec, form = COMPRESSED[kind]
@@ -265,11 +277,13 @@ def test_a_truncated_sound_is_an_error(kind):
     assert sum(status == "truncated" for status in statuses.values()) >= len(ends) * 0.8
 
 
-def test_a_wav_that_was_streamed_has_no_length_to_miss():
-    """What `ffmpeg -f wav -` and `sox` write into a pipe: sizes of 0xFFFFFFFF."""
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFF00], ids=["ffmpeg", "arecord"])
+def test_a_wav_that_was_streamed_has_no_length_to_miss(size):
+    """What `ffmpeg -f wav -` and `sox`, and what `arecord` write into a pipe."""
     samples = RNG.integers(-32768, 32768, 5000, dtype=np.int16)
     data = bytearray(wav(samples))
-    data[4:8] = data[40:44] = b"\xff" * 4
+    data[40:44] = struct.pack("<I", size)
+    data[4:8] = struct.pack("<I", min(size + 36, 0xFFFFFFFF))
     assert np.array_equal(sound(bytes(data)).waveform, samples / np.float32(32768))
 
 
