@@ -26,9 +26,8 @@ from mmcli.media.worker import Answer, BlockDecoder, Cell
 BLOCKS_PER_WORKER = 2
 # How often hung workers are looked for, in seconds.
 POLL_S = 0.2
-# How often the source is asked again while a worker has nothing to do: it may have more at any moment. Where rows
-# enough are decoded for now, a window's time passes until there may be more.
-STARVED_S, FULL_S = 0.001, 0.005
+# How often the source is asked again while a worker has nothing to do.
+STARVED_S = 0.001
 # glibc returns freed memory above 128 KiB to the kernel, and every picture pays for fresh pages: with these a
 # 2000 x 1500 JPEG is decoded to an array in 16 ms instead of 36.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2)}
@@ -163,10 +162,9 @@ class DecodePool:
             busy = any(w.blocks for w in self._workers)
             if exhausted and not busy and not self._again:
                 return
-            if busy and (exhausted or self._worker_with_room() is None):
-                self._wait(POLL_S)
-            else:
-                self._wait(STARVED_S if exhausted or may_read() else FULL_S)
+            # When workers want for work, the gate or the source may open at any moment: look again soon.
+            starved = not busy or (not exhausted and self._worker_with_room() is not None)
+            self._wait(STARVED_S if starved else POLL_S)
             if not self._ready:
                 yield Decoded((), ())
 

@@ -41,10 +41,12 @@ def _column(
     rows: list[Getter | RowError], name: str, convert: Callable[[Any], Any], errors: dict[int, RowError]
 ) -> list[Any]:
     """One column's cells. Those that `convert` refuses (ValueError) are None and their rows errors."""
-    cells: list[Any] = [None if isinstance(row, RowError) else row(name) for row in rows]
-    if convert is _string and {type(cell) for cell in cells} == {str}:
-        # A third of the time of the loop below.
-        return cells
+    cells: list[Any]
+    if convert is _string:
+        cells = [None if isinstance(row, RowError) else row(name) for row in rows]
+        if {type(cell) for cell in cells} == {str}:
+            # A third of the time of the loop below.
+            return cells
     cells = []
     for i, row in enumerate(rows):
         value = cell = None

@@ -233,6 +233,17 @@ def damage_json(path: Path, damage: Callable[[Any], Any]) -> None:
     path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
 
 
+def readers_of(target: Target) -> list[Callable[[], object]]:
+    """All that looks at what a run has left, before it does anything."""
+    out, format_name = target
+    return [
+        lambda: write(out, spec(format_name), [20]),
+        lambda: write(out, spec(format_name), [20], "update"),
+        lambda: read_output(out),
+        lambda: known_rows(Place.of(*target)),
+    ]
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_run_json_is_named(target: Target, name: str) -> None:
     out, format_name = target
@@ -240,13 +251,7 @@ def test_a_damaged_run_json_is_named(target: Target, name: str) -> None:
     write(out, spec(format_name), [4, 12], finalise=False)
     damage_json(staging_of(target) / "run.json", damage)
     before = {p: p.read_bytes() for p in staging_of(target).iterdir() if p.name != "lock"}
-    readers: list[Callable[[], object]] = [
-        lambda: write(out, spec(format_name), [20]),
-        lambda: write(out, spec(format_name), [20], "update"),
-        lambda: read_output(out),
-        lambda: known_rows(Place.of(*target)),
-    ]
-    for read in readers:
+    for read in readers_of(target):
         with pytest.raises(StateMismatch, match=rf"run\.json is damaged: {re.escape(told)}") as refused:
             read()
         assert "--overwrite" in str(refused.value.hint)
@@ -300,13 +305,7 @@ def test_damaged_metadata_of_a_finished_output_are_named(target: Target, name: s
             JOB_KEY: json.dumps(damage(json.loads(found.schema.metadata[JOB_KEY]))),
         }
         pq.write_table(found.replace_schema_metadata(metadata), out)
-    readers: list[Callable[[], object]] = [
-        lambda: write(out, spec(format_name), [20]),
-        lambda: write(out, spec(format_name), [20], "update"),
-        lambda: read_output(out),
-        lambda: known_rows(Place.of(*target)),
-    ]
-    for read in readers:
+    for read in readers_of(target):
         with pytest.raises(StateMismatch, match=re.escape(f"is damaged: {told}")) as refused:
             read()
         assert "--overwrite" in str(refused.value.hint)
@@ -321,7 +320,7 @@ def test_metadata_beside_a_finished_output_that_are_no_object_are_named(target: 
     if not (beside := Place.of(*target).metadata).exists():
         return
     beside.write_text(damaged)
-    for read in (lambda: write(out, spec(format_name), [20]), lambda: read_output(out)):
+    for read in readers_of(target):
         with pytest.raises(StateMismatch, match=re.escape(f"{beside} is damaged: it is ")) as refused:
             read()
         assert "--overwrite" in str(refused.value.hint)
