@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
+
+import numpy as np
 
 from mmcli.core.errors import MmcliError, RowError
 from mmcli.core.extensions import guess_modality
 from mmcli.core.protocols import Task
 from mmcli.core.records import Modality, Record, Result, Sample
+from mmcli.core.samples import Packed, Samples
 
 # Rows of one length-bucketing window, in batches: what waits in memory, and until it can be committed, stays small.
 WINDOW_BATCHES = 8
@@ -25,84 +29,181 @@ Outcomes = tuple[Sample | RowError, ...] | Result
 
 
 @dataclass(slots=True)
-class Slot:
-    """A sample and where its output belongs: at `medium` of the outputs of its `row`."""
+class Arrived:
+    """Consecutive rows after decoding. `sizes`: bytes of the model inputs of each; a list or int64 [n]."""
 
-    row: int
-    medium: int
-    sample: Sample
-    outputs: list[Any]
+    records: Sequence[Record]
+    outcomes: Sequence[Outcomes]
+    sizes: Sequence[int] | np.ndarray
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = int(sum(self.sizes) if isinstance(self.sizes, list) else np.sum(self.sizes))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def part(self, start: int, stop: int | None = None) -> Arrived:
+        """Some of the rows, by their position here."""
+        return Arrived(self.records[start:stop], self.outcomes[start:stop], self.sizes[start:stop])
+
+    @classmethod
+    def of(cls, records: Sequence[Record], outcomes: Sequence[Outcomes]) -> list[Arrived]:
+        """Rows in their order, as few pieces as can be."""
+        if not records:
+            return []
+        if isinstance(outcomes, Packed):
+            whole = cls(records, outcomes, outcomes.samples.sizes)
+        else:
+            whole = cls(records, outcomes, [_sample_bytes(one) for one in outcomes])
+        if records[-1].row - records[0].row == len(records) - 1:
+            return [whole]
+        ends = [i for i in range(1, len(records)) if records[i].row != records[i - 1].row + 1]
+        return [whole.part(start, stop) for start, stop in pairwise([0, *ends, len(records)])]
 
 
 @dataclass(slots=True)
-class Arrived:
-    """A row after decoding. `nbytes`: size of its model inputs."""
+class Batch:
+    """Samples that go through the model together, and where in their window its outputs belong.
 
-    record: Record
-    outcomes: Outcomes
-    nbytes: int = 0
+    rows   the position of each sample's row
+    media  which sample of its row it is; None: every row has one
+    """
+
+    samples: Sequence[Sample]
+    rows: Sequence[int] | np.ndarray
+    media: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, which: Sequence[int] | np.ndarray) -> Batch:
+        """Some of it, in that order."""
+        if isinstance(self.samples, Samples):
+            chosen = np.asarray(which)
+            return Batch(self.samples.take(chosen), np.asarray(self.rows)[chosen])
+        media = None if self.media is None else [self.media[i] for i in which]
+        return Batch([self.samples[i] for i in which], [self.rows[i] for i in which], media)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of it, one behind the other."""
+        media = None if self.media is None else self.media[start:stop]
+        return Batch(self.samples[start:stop], self.rows[start:stop], media)
 
 
 @dataclass(slots=True)
 class Window:
     """Consecutive rows that are batched together.
 
-    known    per row what each of its media is or why it is not there, or the finished Result. Not the samples:
-             their memory goes with their batch.
-    outputs  per row those of the model, one per medium; None until they are there
     nbytes   size of all model inputs
+    known    per row what each of its media is or why it is not there, or the finished Result. Not the samples:
+             their memory goes with their batch. One modality: every row has one sample, which is of that
+    outputs  per row those of the model, one per medium; None until they are there. Where `known` is one modality
+             those of whole batches instead, each with its rows
     """
 
-    records: list[Record]
-    known: list[tuple[Modality | RowError, ...] | Result]
-    outputs: list[list[Any]]
+    records: Sequence[Record]
     nbytes: int
+    known: list[tuple[Modality | RowError, ...] | Result] | Modality
+    outputs: list[Any]
 
     @classmethod
-    def of(cls, rows: Sequence[Arrived]) -> tuple[Window, list[Slot]]:
+    def of(cls, blocks: Sequence[Arrived]) -> tuple[Window, Batch]:
         """The window, and the samples to compute: of rows whose media are all there."""
-        window = cls([r.record for r in rows], [], [], sum([r.nbytes for r in rows]))
-        slots: list[Slot] = []
-        for row in rows:
-            outcomes = row.outcomes
-            outputs: list[Any] = []
-            window.outputs.append(outputs)
+        records = [record for block in blocks for record in block.records]
+        nbytes = sum([block.nbytes for block in blocks])
+        packed = [block.outcomes.samples for block in blocks if isinstance(block.outcomes, Packed)]
+        if packed and len(packed) == len(blocks) and (samples := Samples.join(packed)) is not None:
+            return cls(records, nbytes, samples.modality, []), Batch(samples, np.arange(len(records)))
+        return cls._by_rows(records, nbytes, chain.from_iterable([block.outcomes for block in blocks]))
+
+    @classmethod
+    def _by_rows(cls, records: Sequence[Record], nbytes: int, rows: Iterable[Outcomes]) -> tuple[Window, Batch]:
+        known: list[tuple[Modality | RowError, ...] | Result] = []
+        outputs: list[list[Any]] = []
+        samples: list[Sample] = []
+        places: list[int] = []
+        media: list[int] = []
+        for row, outcomes in enumerate(rows):
             if type(outcomes) is tuple and len(outcomes) == 1 and isinstance(alone := outcomes[0], Sample):
                 # As below, which takes three times as long: most rows are such.
-                window.known.append((alone.modality,))
-                outputs.append(None)
-                slots.append(Slot(row.record.row, 0, alone, outputs))
+                known.append((alone.modality,))
+                outputs.append([None])
+                samples.append(alone)
+                places.append(row)
+                media.append(0)
                 continue
+            outputs.append([])
             if isinstance(outcomes, Result):
-                window.known.append(outcomes)
+                known.append(outcomes)
                 continue
-            window.known.append(tuple([o.modality if isinstance(o, Sample) else o for o in outcomes]))
-            samples = [o for o in outcomes if isinstance(o, Sample)]
-            if len(samples) == len(outcomes):
-                outputs += [None] * len(samples)
-                for medium, sample in enumerate(samples):
-                    slots.append(Slot(row.record.row, medium, sample, outputs))
-        return window, slots
+            known.append(tuple([o.modality if isinstance(o, Sample) else o for o in outcomes]))
+            there = [o for o in outcomes if isinstance(o, Sample)]
+            if len(there) == len(outcomes):
+                outputs[row] += [None] * len(there)
+                samples += there
+                places += [row] * len(there)
+                media += range(len(there))
+        return cls(records, nbytes, known, outputs), Batch(samples, places, media)
 
-    def results(self, task: Task, start_row: int) -> list[Result]:
-        """The output rows from `start_row` on, once `outputs` is complete."""
-        first = next((i for i, record in enumerate(self.records) if record.row >= start_row), len(self.records))
-        rows = (self.records[first:], self.known[first:], self.outputs[first:])
+    def put(self, batch: Batch, outputs: Sequence[Any]) -> None:
+        """The outputs of a batch of this window are there."""
+        if isinstance(self.known, str):
+            self.outputs.append((batch.rows, outputs))
+            return
+        for row, medium, output in zip(batch.rows, batch.media or (), outputs, strict=True):
+            self.outputs[row][medium] = output
+
+    def position(self, row: int) -> int:
+        """Of that row of the run, or of the first one behind it that is here."""
+        return max(0, row - self.records[0].row) if self.records else 0
+
+    def array(self) -> np.ndarray | None:
+        """The outputs of all rows as one array, [rows, ...]; None where they are no arrays, or rows have failed."""
+        if not isinstance(self.known, str) or not self.outputs:
+            return None
+        if not all(isinstance(outputs, np.ndarray) for _, outputs in self.outputs):
+            return None
+        _, one = self.outputs[0]
+        array = np.empty((len(self.records), *one.shape[1:]), one.dtype)
+        for rows, outputs in self.outputs:
+            array[rows] = outputs
+        return array
+
+    def results(self, task: Task, first: int = 0) -> list[Result]:
+        """The output rows from that position on, once `outputs` is complete."""
+        known, outputs = self._by_row()
+        rows = (self.records[first:], known[first:], outputs[first:])
         if hasattr(task, "results") and _plain(*rows[1:]):
             return list(task.results(*rows))
         results = []
-        for record, known, outputs in zip(*rows, strict=True):
-            if isinstance(known, Result):
-                results.append(known)
+        for record, media, made in zip(*rows, strict=True):
+            if isinstance(media, Result):
+                results.append(media)
                 continue
-            for one in (*known, *outputs):
+            for one in (*media, *made):
                 if isinstance(one, RowError):
-                    results.append(Result(record, _modality(record, known), error=one))
+                    results.append(Result(record, _modality(record, media), error=one))
                     break
             else:
-                # No RowError is among `known`.
-                results.append(task.result(record, known, outputs))  # type: ignore[arg-type]
+                # No RowError is among `media`.
+                results.append(task.result(record, media, made))
         return results
+
+    @property
+    def reused(self) -> list[bool]:
+        """Of each row, whether an earlier run has finished it."""
+        known = self.known
+        return [False] * len(self.records) if isinstance(known, str) else [isinstance(k, Result) for k in known]
+
+    def _by_row(self) -> tuple[list[Any], list[list[Any]]]:
+        if not isinstance(self.known, str):
+            return self.known, self.outputs
+        by_row: list[list[Any]] = [[None] for _ in self.records]
+        for rows, outputs in self.outputs:
+            for row, output in zip(rows.tolist(), outputs, strict=True):
+                by_row[row][0] = output
+        return [(self.known,)] * len(self.records), by_row
 
 
 def _plain(known: Sequence[Any], outputs: Sequence[Sequence[Any]]) -> bool:
@@ -169,25 +270,39 @@ class Windows:
         self._next, self._sizes, self._max_bytes = first_row, sizes, max_bytes
         self._end = sizes.around(first_row).stop
         self._early: dict[int, Arrived] = {}
-        self._rows: list[Arrived] = []
+        self._blocks: list[Arrived] = []
         self._bytes = 0
 
     def add(self, arrived: Sequence[Arrived]) -> Iterator[list[Arrived]]:
         """Take in rows; yields the windows that they complete."""
-        for row in arrived:
-            self._early[row.record.row] = row
+        for block in arrived:
+            self._early[block.records[0].row] = block
         while (found := self._early.pop(self._next, None)) is not None:
-            self._rows.append(found)
-            self._bytes += found.nbytes
-            self._next += 1
-            if self._next == self._end or self._bytes >= self._max_bytes:
-                self._end = self._sizes.around(self._next).stop
-                yield self.flush()
+            taken = 0
+            while taken < len(found):
+                rest = found.part(taken) if taken else found
+                count = self._room(rest)
+                piece = rest if count == len(rest) else rest.part(0, count)
+                self._blocks.append(piece)
+                self._bytes += piece.nbytes
+                self._next += count
+                taken += count
+                if self._next == self._end or self._bytes >= self._max_bytes:
+                    self._end = self._sizes.around(self._next).stop
+                    yield self.flush()
+
+    def _room(self, block: Arrived) -> int:
+        """How many of its rows belong to the window."""
+        count = min(len(block), self._end - self._next)
+        if self._bytes + block.nbytes < self._max_bytes:
+            return count
+        reached = np.flatnonzero(self._bytes + np.cumsum(block.sizes) >= self._max_bytes)
+        return min(count, int(reached[0]) + 1)
 
     def flush(self) -> list[Arrived]:
         """The rows of the incomplete window, without a gap; those that come later make another window."""
-        rows, self._rows, self._bytes = self._rows, [], 0
-        return rows
+        blocks, self._blocks, self._bytes = self._blocks, [], 0
+        return blocks
 
     def check_empty(self) -> None:
         """At the end of the input: no row is missing before one that arrived."""
@@ -207,30 +322,41 @@ def window_sizes(batch_size: int, lengths_vary: bool, texts: bool = False) -> Wi
     return WindowSizes(batch_size * TEXT_WINDOW_BATCHES, several) if texts else WindowSizes(several)
 
 
-def batches(slots: Sequence[Slot], max_cost: Callable[[Sample], int]) -> Iterator[list[Slot]]:
+def batches(everything: Batch, max_cost: Callable[[Sample], int]) -> Iterator[Batch]:
     """Cut one window's samples into batches: equal (modality, group) together, longest first.
 
     Longest first, so that running out of memory happens at once rather than after hours. `max_cost` says
     what a batch may cost that begins with a sample.
     """
-    groups: dict[tuple[Modality, object], list[Slot]] = {}
-    for slot in slots:
-        key = slot.sample.modality, slot.sample.group
-        if key not in groups:
-            groups[key] = []
-        groups[key].append(slot)
-    for members in groups.values():
-        members.sort(key=lambda s: -s.sample.length)
-        samples = [slot.sample for slot in members]
+    for order in _groups(everything.samples):
+        members = everything.take(order)
         start = 0
         while start < len(members):
-            stop = start + cut(samples[start:], max_cost(samples[start]))
-            yield members[start:stop]
+            stop = start + cut(members.samples[start:], max_cost(members.samples[start]))
+            yield members.part(start, stop)
             start = stop
+
+
+def _groups(samples: Sequence[Sample]) -> Iterator[Sequence[int] | np.ndarray]:
+    """Positions of the samples that may be together, longest first."""
+    if isinstance(samples, Samples):
+        yield samples.longest_first()
+        return
+    groups: dict[tuple[Modality, object], list[int]] = {}
+    for i, sample in enumerate(samples):
+        key = sample.modality, sample.group
+        if key not in groups:
+            groups[key] = []
+        groups[key].append(i)
+    for members in groups.values():
+        members.sort(key=lambda i: -samples[i].length)
+        yield members
 
 
 def cut(samples: Sequence[Sample], max_cost: int) -> int:
     """How many of `samples` make a batch: as many as cost at most `max_cost` together, but at least one."""
+    if isinstance(samples, Samples):
+        return min(len(samples), max(1, max_cost // samples.cost))
     cost = 0
     for count, sample in enumerate(samples):
         cost += sample.cost
@@ -242,6 +368,19 @@ def cut(samples: Sequence[Sample], max_cost: int) -> int:
 def _nbytes(sample: Sample) -> int:
     """Of its model inputs, without masks."""
     return sum(array.nbytes for array in sample.arrays.values() if array.dtype.kind == "f")
+
+
+def _sample_bytes(outcomes: Outcomes) -> int:
+    """Of all model inputs of a row."""
+    if isinstance(outcomes, Result):
+        return 0
+    # Loops: a third of the time of nested generators, and this is run for every row.
+    total = 0
+    for outcome in outcomes:
+        if isinstance(outcome, Sample):
+            for array in outcome.arrays.values():
+                total += array.nbytes
+    return total
 
 
 def _modality(record: Record, known: Sequence[Modality | RowError]) -> str | None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from mmcli.core.errors import RowError
 from mmcli.core.protocols import Decoder, Runner, Snapshot, Source
-from mmcli.core.records import Record, Result, Sample
+from mmcli.core.records import Record, Result
 from mmcli.core.report import Report
-from mmcli.engines.batching import WINDOW_BYTES, Arrived, Window, batches
+from mmcli.core.samples import Packed
+from mmcli.engines.batching import WINDOW_BYTES, Arrived, Batch, Window, batches
 from mmcli.engines.forward import Collated, Forward, Launched
 from mmcli.engines.intake import BLOCK_ROWS, Intake
 from mmcli.engines.local import LocalOptions
@@ -155,21 +156,25 @@ def measure_decoding(
     report.num_workers, workers = decoder.num_workers, max(1, decoder.num_workers)
     intake = Intake(source, decoder, report, 0, max_rows=4 * workers * block_rows, block_rows=block_rows)
     done = Decoding(Rate(0, 0, 0), report)
-    nbytes = 0
+    kept = nbytes = 0
     marks = [(0, time.perf_counter(), report.cpu_s)]
     intake.start()
     try:
         while (arrived := _next(intake)) is not None:
-            done.rows += len(arrived)
+            rows = sum(map(len, arrived))
+            done.rows += rows
             marks.append((done.rows, time.perf_counter(), report.cpu_s))
             took = report.wall_s - (report.first_decoded_s or report.wall_s)
             report.rows_total = source.expected(done.rows, took)
-            intake.release(len(arrived), sum(row.nbytes for row in arrived))
-            done.errors.update(_errors(arrived))
-            if len(done.kept) < keep and nbytes < WINDOW_BYTES:
-                good = [row for row in arrived if not _errors([row])]
-                done.kept += good[: keep - len(done.kept)]
-                nbytes += sum(row.nbytes for row in good)
+            intake.release(rows, sum(block.nbytes for block in arrived))
+            for block in arrived:
+                found = _errors(block)
+                done.errors.update(filter(None, found))
+                if kept < keep and nbytes < WINDOW_BYTES:
+                    good = _without_errors(block, found).part(0, keep - kept)
+                    done.kept.append(good)
+                    kept += len(good)
+                    nbytes += good.nbytes
     finally:
         intake.close()
     done.rate = _between(marks, workers)
@@ -194,57 +199,76 @@ def _between(marks: Sequence[tuple[int, float, float]], workers: int) -> Rate:
     return Rate(last_rows - first_rows, last - first, last_cpu - first_cpu)
 
 
-def _errors(rows: Sequence[Arrived]) -> Counter[str]:
-    """How many rows have each error: the first one of a row counts."""
-    found: Counter[str] = Counter()
-    for row in rows:
-        outcomes = () if isinstance(row.outcomes, Result) else row.outcomes
-        error = next((o for o in outcomes if isinstance(o, RowError)), None)
-        if error is not None:
-            found[error.code] += 1
+def _errors(block: Arrived) -> list[str | None]:
+    """The error of each row: the first one that it has."""
+    if isinstance(block.outcomes, Packed):
+        return [None] * len(block)
+    found: list[str | None] = []
+    for row in block.outcomes:
+        outcomes = () if isinstance(row, Result) else row
+        found.append(next((o.code for o in outcomes if isinstance(o, RowError)), None))
     return found
 
 
-def measure_model(runner: Runner, rows: Sequence[Arrived], options: LocalOptions, seconds: float) -> Rate:
-    """The forward pass alone, over batches of `rows` as a run forms them, again and again for `seconds`.
+def _without_errors(block: Arrived, errors: Sequence[str | None]) -> Arrived:
+    if not any(errors):
+        return block
+    good = [i for i, error in enumerate(errors) if error is None]
+    records, outcomes = ([rows[i] for i in good] for rows in (block.records, list(block.outcomes)))
+    return Arrived(records, outcomes, [block.sizes[i] for i in good])
+
+
+def measure_model(runner: Runner, blocks: Sequence[Arrived], options: LocalOptions, seconds: float) -> Rate:
+    """The forward pass alone, over batches of these rows as a run forms them, again and again for `seconds`.
 
     Batches are made ready while the clock stands still, and a quarter of the time goes to warming up before. A
     slow model takes longer: one batch to warm up, one to measure.
     """
     forward = Forward(runner, Report(), options.batch_size, known_to_work=True)
-    formed = formed_batches(rows, forward, options.windows.size)
+    formed = formed_batches(blocks, forward, options.windows.size)
     several = forward.concurrency
     warm = _computed(forward, formed, seconds * WARM_UP, group=several)
     samples = sum(map(len, formed))
     waves = int(warm.rows * seconds / max(warm.seconds, 1e-9) / (samples / len(formed) * several))
     group = several * max(1, min(READY // several, waves))
     found = _computed(forward, formed, seconds, group)
-    samples_per_row = samples / len(rows)
+    samples_per_row = samples / sum(map(len, blocks))
     return replace(found, rows=found.rows / samples_per_row)
 
 
-def formed_batches(rows: Sequence[Arrived], forward: Forward, window: int) -> list[list[Sample]]:
+def formed_batches(blocks: Sequence[Arrived], forward: Forward, window: int) -> list[Batch]:
     """Those of a run, in an order of no meaning: a run begins each window with its longest inputs, and of a slow
     model a few seconds would be of these alone.
     """
-    starts = range(0, len(rows), window)
-    formed = [batch for start in starts for batch in _batches(rows[start : start + window], forward)]
+    formed = [batch for rows in _windows(blocks, window) for batch in batches(Window.of(rows)[1], forward.max_cost)]
     random.Random(0).shuffle(formed)
     return formed
 
 
-def _batches(rows: Sequence[Arrived], forward: Forward) -> list[list[Sample]]:
-    _, slots = Window.of(rows)
-    return [[slot.sample for slot in batch] for batch in batches(slots, forward.max_cost)]
+def _windows(blocks: Sequence[Arrived], size: int) -> Iterator[list[Arrived]]:
+    """So many rows each, whatever their numbers."""
+    window: list[Arrived] = []
+    room = size
+    for block in blocks:
+        start = 0
+        while start < len(block):
+            piece = block.part(start, start + room)
+            window.append(piece)
+            start, room = start + len(piece), room - len(piece)
+            if not room:
+                yield window
+                window, room = [], size
+    if window:
+        yield window
 
 
-def _computed(forward: Forward, formed: Sequence[list[Sample]], seconds: float, group: int) -> Rate:
+def _computed(forward: Forward, formed: Sequence[Batch], seconds: float, group: int) -> Rate:
     """Batches over and over until the clock shows `seconds`, `group` at a time; rows of the Rate are samples."""
     samples, clock, cpu, at = 0, 0.0, 0.0, 0
     while clock < seconds:
         chosen = [formed[(at + i) % len(formed)] for i in range(group)]
         at += group
-        ready = [forward.collate(batch) for batch in chosen]
+        ready = [forward.collate(batch.samples) for batch in chosen]
         start, used = time.perf_counter(), time.process_time()
         _compute(forward, ready)
         clock += time.perf_counter() - start

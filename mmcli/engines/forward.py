@@ -117,8 +117,8 @@ class Forward:
         # Outside the except block: the traceback would keep the failed batch's tensors alive.
         return Launched(samples, failure=failure)
 
-    def finish(self, launched: Launched) -> list[Output]:
-        """Wait for the outputs: one output or RowError per sample, in order.
+    def finish(self, launched: Launched) -> Sequence[Output]:
+        """Wait for the outputs: one output or RowError per sample, in order. An array, where the runner gives one.
 
         Raises ModelError when the model gives another number of outputs, never worked, or stopped working.
         """
@@ -151,15 +151,15 @@ class Forward:
             raise ModelError(f"the model failed on all its inputs: {self._last.message}")
         self.failures = 0
 
-    def _fetch(self, launched: Launched) -> list[Output]:
+    def _fetch(self, launched: Launched) -> Sequence[Output]:
         outputs = launched.outputs
         with self._timed():
-            rows = outputs.result() if launched.pending else outputs
+            rows: Sequence[Output] = outputs.result() if launched.pending else outputs
         launched.outputs = None
         if len(rows) != len(launched.samples):
             raise ModelError(f"the model gave {len(rows)} outputs for {len(launched.samples)} inputs")
         self._report.batches += 1
-        return list(rows)
+        return rows
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -205,7 +205,7 @@ class Forward:
         return outputs
 
     def _again(self, samples: Sequence[Sample]) -> list[Output]:
-        return self.finish(self.launch(self.collate(samples)))
+        return list(self.finish(self.launch(self.collate(samples))))
 
     def _failed_alone(self, failure: RowError) -> RowError:
         self.failures += 1

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from mmcli.core.protocols import Decoder, Previous, Source, Task
-from mmcli.core.records import Record, Result, Sample
+from mmcli.core.records import Record, Result
 from mmcli.core.report import Report
 from mmcli.core.signature import signature
-from mmcli.engines.batching import WINDOW_BYTES, Arrived
+from mmcli.engines.batching import WINDOW_BYTES, Arrived, Outcomes
 
 # A block is what one worker is given at a time: at most this many records or encoded bytes. 64 tiny
 # pictures amortise a message (about 0.1 ms); one large video does not wait behind others.
@@ -28,6 +28,9 @@ LOOKUP_ROWS = 1024
 MAX_BYTES = 2 * WINDOW_BYTES
 # How long a live source may keep the decode workers from being looked after.
 LIVE_POLL_S = 0.02
+
+# A row that needs no decoding, and what it is.
+_Ready = tuple[Record, Outcomes]
 
 
 class Intake:
@@ -93,18 +96,17 @@ class Intake:
                     return
                 if decoded.records:
                     self._report.decoded(decoded.decode_s, decoded.process_s, decoded.cpu_s)
-                    rows = zip(decoded.records, decoded.outcomes, strict=True)
-                    self._arrive([Arrived(record, o, _nbytes(o)) for record, o in rows])
+                    self._arrive(Arrived.of(decoded.records, decoded.outcomes))
             self._arrived.put(None)
         except BaseException as failure:  # noqa: BLE001 - raised where the rows are waited for
             self._arrived.put(failure)
 
-    def _arrive(self, rows: list[Arrived]) -> None:
-        nbytes = sum(row.nbytes for row in rows)
+    def _arrive(self, blocks: list[Arrived]) -> None:
+        nbytes = sum(block.nbytes for block in blocks)
         if nbytes:
             with self._lock:
                 self._bytes += nbytes
-        self._arrived.put(rows)
+        self._arrived.put(blocks)
 
     def _may_read(self) -> bool:
         # Rows are handed on in order: all that a window lacks is on its way when this becomes false.
@@ -121,7 +123,8 @@ class Intake:
                 with self._lock:
                     self._rows += len(direct) + len(block)
                 if direct:
-                    self._arrive(direct)
+                    direct.sort(key=lambda row: row[0].row)
+                    self._arrive(Arrived.of([record for record, _ in direct], [outcomes for _, outcomes in direct]))
                 yield block
 
     def _chunks(self) -> Iterator[list[Record]]:
@@ -143,17 +146,17 @@ class Intake:
         share = (self._report.rows_total or BLOCK_ROWS * 64) // (4 * max(1, self._decoder.num_workers))
         return max(1, min(self._most, share))
 
-    def _look_up(self, chunk: list[Record]) -> tuple[list[Arrived], list[Record]]:
+    def _look_up(self, chunk: list[Record]) -> tuple[list[_Ready], list[Record]]:
         """Rows that need no decoding, and the others."""
         if self._want_signatures:
             for record in chunk:
                 record.signature = signature(record)
-        ready = [Arrived(r, (r.error,)) for r in chunk if r.error is not None]
+        ready: list[_Ready] = [(r, (r.error,)) for r in chunk if r.error is not None]
         wanted = [r for r in chunk if r.error is None] if ready else chunk
         if self._reuse is not None and wanted:
             found = self._reuse.take(wanted)
             if found:
-                ready += [Arrived(result.record, result) for result in found.values()]
+                ready += [(result.record, result) for result in found.values()]
                 wanted = [r for i, r in enumerate(wanted) if i not in found]
         return ready, wanted
 
@@ -178,13 +181,13 @@ class Reuse:
 
 
 def _split(
-    ready: list[Arrived], wanted: list[Record], block_rows: int
-) -> Iterator[tuple[list[Arrived], list[Record]]]:
+    ready: list[_Ready], wanted: list[Record], block_rows: int
+) -> Iterator[tuple[list[_Ready], list[Record]]]:
     """Consecutive rows, cut so that none is handed on before the rows in front of it. At least one piece."""
     if not ready and len(wanted) <= block_rows and sum(map(_encoded_bytes, wanted)) <= BLOCK_BYTES:
         yield ready, wanted
         return
-    ready = sorted(ready, key=lambda row: row.record.row, reverse=True)
+    ready = sorted(ready, key=lambda row: row[0].row, reverse=True)
     block: list[Record] = []
     size = 0
     for record in wanted:
@@ -197,9 +200,9 @@ def _split(
     yield ready, block
 
 
-def _pop_before(ready: list[Arrived], row: int) -> list[Arrived]:
+def _pop_before(ready: list[_Ready], row: int) -> list[_Ready]:
     direct = []
-    while ready and ready[-1].record.row < row:
+    while ready and ready[-1][0].row < row:
         direct.append(ready.pop())
     return direct
 
@@ -237,16 +240,6 @@ def _live_chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
                     raise end
                 return
         yield chunk
-
-
-def _nbytes(outcomes: Sequence[object]) -> int:
-    # Loops: a third of the time of nested generators, and this is run for every row.
-    total = 0
-    for outcome in outcomes:
-        if isinstance(outcome, Sample):
-            for array in outcome.arrays.values():
-                total += array.nbytes
-    return total
 
 
 def _encoded_bytes(record: Record) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 from mmcli.core.errors import ErrorBudgetExceeded, ExitCode, Stopped, TryAgain
 from mmcli.core.protocols import Decoder, ModelPlan, Output, Previous, Runner, Source, Task
 from mmcli.core.report import Report
-from mmcli.engines.batching import Arrived, BatchSize, Slot, Window, Windows, WindowSizes, batches
+from mmcli.engines.batching import Arrived, Batch, BatchSize, Window, Windows, WindowSizes, batches
 from mmcli.engines.forward import Collated, Forward, Launched
 from mmcli.engines.intake import BLOCK_ROWS, Intake, Reuse
 from mmcli.engines.table import Layout
@@ -158,7 +158,7 @@ class _Ready:
     """A batch of a window; the last one of a window may be no batch at all. `idle`: nothing else is on its way."""
 
     window: Window
-    slots: list[Slot]
+    batch: Batch | None
     collated: Collated | None
     last: bool
     idle: bool
@@ -235,15 +235,16 @@ class _Run:
 
     def _collate(self, forward: Forward) -> None:
         try:
-            for rows, idle in self._windows():
+            for blocks, idle in self._windows():
                 with self.report.timed("collate"):
-                    window, slots = Window.of(rows)
-                waiting: list[Slot] = []
-                for batch in batches(slots, forward.max_cost):
+                    window, everything = Window.of(blocks)
+                begun = window.position(self.work.start_row)
+                waiting: Batch | None = None
+                for batch in batches(everything, forward.max_cost):
                     # Of a window that an earlier run has begun: only batches that still matter.
-                    if all(slot.row < self.work.start_row for slot in batch):
+                    if begun and max(batch.rows) < begun:
                         continue
-                    if waiting:
+                    if waiting is not None:
                         self._hand_on(forward, window, waiting, last=False, idle=False)
                     waiting = batch
                 self._hand_on(forward, window, waiting, last=True, idle=idle)
@@ -251,8 +252,8 @@ class _Run:
         except BaseException as failure:  # noqa: BLE001 - raised in the main thread
             self._put(failure)
 
-    def _hand_on(self, forward: Forward, window: Window, batch: list[Slot], last: bool, idle: bool) -> None:
-        collated = forward.collate([s.sample for s in batch]) if batch else None
+    def _hand_on(self, forward: Forward, window: Window, batch: Batch | None, last: bool, idle: bool) -> None:
+        collated = None if batch is None else forward.collate(batch.samples)
         self._put(_Ready(window, batch, collated, last, idle))
 
     def _put(self, item: _Ready | BaseException | None) -> None:
@@ -272,8 +273,8 @@ class _Run:
             try:
                 arrived = self.intake.get(timeout=IDLE_S if immediate else 0.1)
             except queue.Empty:
-                if immediate and self.ready.empty() and ((rows := windows.flush()) or self.held):
-                    yield rows, True
+                if immediate and self.ready.empty() and ((blocks := windows.flush()) or self.held):
+                    yield blocks, True
                 continue
             if arrived is None:
                 windows.check_empty()
@@ -339,8 +340,8 @@ class _Run:
 
     def _complete(self, ready: _Ready, outputs: Sequence[Any], forward: Forward, writer: PartWriter) -> None:
         window = ready.window
-        for slot, output in zip(ready.slots, outputs, strict=True):
-            slot.outputs[slot.medium] = output
+        if ready.batch is not None:
+            window.put(ready.batch, outputs)
         if not ready.last:
             return
         self.intake.release(len(window.records), window.nbytes)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mmcli.core.errors import RowError
 from mmcli.core.protocols import Source, Task
-from mmcli.core.records import Result
+from mmcli.core.records import Record, Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +43,42 @@ class Layout:
 
     def batch(self, results: Sequence[Result]) -> pa.RecordBatch:
         """Consecutive results as one record batch."""
-        columns = [
-            pa.array([r.record.id for r in results], pa.string()),
-            pa.array([r.record.path for r in results], pa.string()),
-            pa.array([r.modality for r in results], pa.string()),
-            *self.task.columns(results, self.task_fields),
-            *(pa.array([r.record.keep[i] for r in results], f.type) for i, f in enumerate(self.keep)),
-            *_states([r.error for r in results]),
+        modality = pa.array([r.modality for r in results], pa.string())
+        columns = self.task.columns(results, self.task_fields)
+        return self._batch([r.record for r in results], modality, columns, _states([r.error for r in results]))
+
+    def whole(self, records: Sequence[Record], modality: str, columns: Sequence[pa.Array]) -> pa.RecordBatch:
+        """Consecutive rows of one modality, none of which has failed; `columns`: the task's."""
+        modalities = pa.repeat(pa.scalar(modality, pa.string()), len(records))
+        return self._batch(records, modalities, columns, _all_ok(len(records)))
+
+    def _batch(
+        self, records: Sequence[Record], modality: pa.Array, columns: Sequence[pa.Array], states: Sequence[pa.Array]
+    ) -> pa.RecordBatch:
+        paths = [r.path for r in records]
+        arrays = [
+            pa.array([r.id for r in records], pa.string()),
+            pa.array(paths, pa.string()) if any(paths) else pa.nulls(len(paths), pa.string()),
+            modality,
+            *columns,
+            *(pa.array([r.keep[i] for r in records], f.type) for i, f in enumerate(self.keep)),
+            *states,
         ]
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
 
 def _states(errors: Sequence[RowError | None]) -> list[pa.Array]:
     """The columns status, error_code, error_stage and error_message."""
     if not any(errors):
-        nothing = pa.nulls(len(errors), pa.string())
-        return [pa.repeat(pa.scalar("ok", pa.string()), len(errors)), nothing, nothing, nothing]
+        return _all_ok(len(errors))
     return [
         pa.array(["error" if e else "ok" for e in errors], pa.string()),
         pa.array([e.code if e else None for e in errors], pa.string()),
         pa.array([e.stage if e else None for e in errors], pa.string()),
         pa.array([e.message if e else None for e in errors], pa.string()),
     ]
+
+
+def _all_ok(rows: int) -> list[pa.Array]:
+    nothing = pa.nulls(rows, pa.string())
+    return [pa.repeat(pa.scalar("ok", pa.string()), rows), nothing, nothing, nothing]

@@ -96,26 +96,37 @@ class PartWriter:
             self._failure = failure
 
     def _add(self, window: Window) -> None:
+        first = window.position(self._next_row + len(self._signatures))
+        records = window.records[first:]
         with self._report.timed("post"):
-            start_row = self._next_row + len(self._signatures)
-            results = window.results(self._layout.task, start_row)
-            self._results += results
-            self._signatures += [r.record.signature for r in results]
-        self._account(results, window)
+            columns = self._columns(window, first)
+            results = [] if columns is not None else window.results(self._layout.task, first)
+        self._signatures += [record.signature for record in records]
+        self._account(results, len(records), sum(window.reused[first:]))
+        if columns is not None:
+            self._tabulate()
+            with self._report.timed("write"):
+                self._keep(self._layout.whole(records, str(window.known), columns))
+            return
+        self._results += results
         self._text_bytes += _text_bytes(results)
         if len(self._results) >= TABLE_ROWS or self._text_bytes >= TABLE_BYTES:
             self._tabulate()
 
-    def _account(self, results: Sequence[Result], window: Window) -> None:
+    def _columns(self, window: Window, first: int) -> list[pa.Array] | None:
+        """The task's columns of a window whose outputs are one array, made without looking at its rows."""
+        whole = getattr(self._layout.task, "whole", None)
+        array = window.array() if whole is not None and first < len(window.records) else None
+        return None if whole is None or array is None else whole(array[first:], self._layout.task_fields)
+
+    def _account(self, results: Sequence[Result], rows: int, reused: int) -> None:
         report = self._report
         for result in results:
             if result.error is not None:
                 report.errors[result.error.code] += 1
-        report.done += len(results)
-        # Results are the last rows of their window.
-        known = window.known[len(window.known) - len(results) :]
-        report.reused += len([k for k in known if isinstance(k, Result)])
-        if results:
+        report.done += rows
+        report.reused += reused
+        if rows:
             report.first_result()
 
     def _tabulate(self) -> None:
@@ -123,8 +134,11 @@ class PartWriter:
             with self._report.timed("write"):
                 batch = self._layout.batch(self._results)
             self._results, self._text_bytes = [], 0
-            self._batches.append(batch)
-            self._bytes += batch.nbytes
+            self._keep(batch)
+
+    def _keep(self, batch: pa.RecordBatch) -> None:
+        self._batches.append(batch)
+        self._bytes += batch.nbytes
 
     def _cut(self, final: bool) -> None:
         overdue = time.monotonic() - self._last_commit >= self._limits.seconds

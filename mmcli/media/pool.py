@@ -19,7 +19,6 @@ from mmcli.core.errors import MmcliError, ModelError, RowError
 from mmcli.core.protocols import ModelPlan
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Record
 from mmcli.media import transport
-from mmcli.media.packing import unpack
 from mmcli.media.worker import Answer, BlockDecoder, Cell
 
 # One block in work and one waiting: a worker never idles while its answer is on the way.
@@ -112,7 +111,7 @@ class InlineDecoder:
                 yield Decoded((), ())
                 continue
             answer = decoder.block(0, [(r.media, r.variables) for r in records])
-            yield Decoded(records, unpack(answer.outcomes), answer.decode_s, answer.process_s)
+            yield Decoded(records, answer.outcomes, answer.decode_s, answer.process_s)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -257,11 +256,10 @@ class DecodePool:
 
     def _accept(self, worker: _Worker, answer: Answer) -> None:
         block = worker.blocks.popleft()
-        outcomes = unpack(answer.outcomes)
-        if answer.block != block.number or len(outcomes) != len(block.records):
+        if answer.block != block.number or len(answer.outcomes) != len(block.records):
             raise MmcliError(f"decode worker answered block {answer.block} instead of {block.number}")
         self._barren_deaths = 0
-        decoded = Decoded(block.records, outcomes, answer.decode_s, answer.process_s, answer.cpu_s)
+        decoded = Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s, answer.cpu_s)
         self._ready.append(decoded)
 
     def _bury(self, worker: _Worker) -> None:

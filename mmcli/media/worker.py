@@ -29,7 +29,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import ModelPlan, Processor, RecordProcessor
 from mmcli.core.records import DecodeOptions, Media, Modality, Sample
 from mmcli.media import transport
-from mmcli.media.packing import Packed, pack
+from mmcli.media.packing import Outcomes, pack
 
 Outcome = Sample | RowError
 # What a worker is told of a record: its media and its `variables`.
@@ -87,7 +87,7 @@ class Answer:
     """
 
     block: int
-    outcomes: Sequence[tuple[Outcome, ...]] | Packed
+    outcomes: Outcomes
     decode_s: float
     process_s: float
     cpu_s: float = 0.0

@@ -37,6 +37,7 @@ from mmcli.core.records import (
     Scored,
     Video,
 )
+from mmcli.core.samples import Samples
 from mmcli.models.options import Generation, ModelOptions
 from mmcli.models.prompts import Prompts, joint_modality
 
@@ -193,6 +194,11 @@ class FakeRunner:
         return torch.from_numpy(self.forward(batch))
 
     def collate(self, samples: Sequence[Sample]) -> np.ndarray:
+        if isinstance(samples, Samples):
+            vectors = samples.columns["vector"]
+            batch = np.empty(vectors.padded_shape, np.float32)
+            vectors.pad_into(batch, 0)
+            return batch
         return np.stack([s.arrays["vector"] for s in samples])
 
     def forward(self, batch: np.ndarray) -> np.ndarray:

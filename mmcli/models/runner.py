@@ -13,6 +13,7 @@ import torch
 
 from mmcli.core.errors import MmcliError, ModelError, one_line
 from mmcli.core.records import Modality, Sample
+from mmcli.core.samples import Column, Samples
 from mmcli.models.concurrent import concurrent
 from mmcli.models.device import choose_device, exact_convolutions, keep_freed_memory
 from mmcli.models.head import Similarity
@@ -79,6 +80,9 @@ class Collator:
         modality = samples[0].modality
         fill = self._fill if modality == "text" else {}
         pinned = self.device.type == "cuda"
+        if isinstance(samples, Samples):
+            padded = {name: _padded(c, fill.get(name, 0), pinned) for name, c in samples.columns.items()}
+            return Batch(modality, padded)
         tensors = {}
         for name in samples[0].arrays:
             tensors[name] = stack([s.arrays[name] for s in samples], fill.get(name, 0), pinned)
@@ -233,6 +237,13 @@ def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = Fa
         else:
             rows[(slice(None), *map(slice, array.shape[1:]))] = array
     return stacked
+
+
+def _padded(column: Column, fill: int, pinned: bool) -> torch.Tensor:
+    """As `stack`."""
+    tensor = torch.empty(column.padded_shape, dtype=_dtype_of(column.values), pin_memory=pinned)
+    column.pad_into(tensor.numpy(), fill)
+    return tensor
 
 
 def join(arrays: Sequence[np.ndarray], pinned: bool = False) -> torch.Tensor:

@@ -55,6 +55,13 @@ class Embed:
         names = [m[0] if len(m) == 1 else "+".join(m) for m in modalities]
         return list(map(Result, records, names, vectors))
 
+    def whole(self, outputs: np.ndarray, fields: Sequence[pa.Field]) -> list[pa.Array] | None:
+        """See mmcli.core.protocols.Task: vectors [n, D] of rows of one medium."""
+        vectors = outputs if outputs.dtype == self.dtype else _cast(outputs, self.dtype)
+        if not math.isfinite(np.add.reduce(vectors, axis=None, dtype=np.float64)):
+            return None
+        return [pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=f.type) for f in fields]
+
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
         """Vectors as FixedSizeListArrays without Python lists; null where the result is an error."""
         missing = np.fromiter((r.values is None for r in results), bool, len(results))

@@ -43,6 +43,7 @@ from mmcli.engines.ceilings import RepeatedSource, formed_batches, measure_decod
 from mmcli.engines.forward import Forward
 from mmcli.engines.intake import BLOCK_BYTES, BLOCK_ROWS, MAX_BYTES, TEXT_BLOCK_ROWS, Intake
 from mmcli.engines.local import StopFlag
+from mmcli.media.packing import pack
 from mmcli.media.pool import InlineDecoder
 from mmcli.models.fake import FakePlan, FakeProcessor, FakeRunner
 
@@ -474,7 +475,7 @@ def test_a_block_holds_many_short_texts_or_few_long_ones(letters, most):
     intake.start()
     rows = []
     while (arrived := intake.get(timeout=60)) is not None:
-        rows += [row.record.row for row in arrived]
+        rows += [record.row for block in arrived for record in block.records]
     intake.close()
     assert rows == list(range(600))
     assert max(sizes) == most
@@ -483,15 +484,16 @@ def test_a_block_holds_many_short_texts_or_few_long_ones(letters, most):
 
 def test_a_few_batches_that_are_measured_stand_for_all():
     """A run begins with the longest ones."""
-    rows = [
-        Arrived(text_record(i, "x"), (Sample("text", {"input_ids": np.zeros(i + 1)}, length=i + 1),))
-        for i in range(512)
-    ]
-    formed = formed_batches(rows, Forward(FakeRunner(plan()), Report(), BatchSize(8)), window=256)
-    assert sorted(sample.length for batch in formed for sample in batch) == list(range(1, 513))
-    assert all(batch[0].length - batch[-1].length == 7 for batch in formed)
+    records = [text_record(i, "x") for i in range(512)]
+    samples = [(Sample("text", {"input_ids": np.zeros(i + 1)}, length=i + 1),) for i in range(512)]
+    starts = range(0, 512, 64)
+    blocks = [one for at in starts for one in Arrived.of(records[at : at + 64], pack(samples[at : at + 64]))]
+    formed = formed_batches(blocks, Forward(FakeRunner(plan()), Report(), BatchSize(8)), window=256)
+    lengths = [[sample.length for sample in batch.samples] for batch in formed]
+    assert sorted(itertools.chain.from_iterable(lengths)) == list(range(1, 513))
+    assert all(batch[0] - batch[-1] == 7 for batch in lengths)
     for start in range(0, 64, 16):
-        few = [sample.length for batch in formed[start : start + 16] for sample in batch]
+        few = list(itertools.chain.from_iterable(lengths[start : start + 16]))
         assert 170 < np.mean(few) < 340
 
 

@@ -203,18 +203,28 @@ def test_windows_depend_on_rows_alone(start, count, size, least, max_bytes, weig
 
     sizes = WindowSizes(size, least)
     first = sizes.around(start).start
-    rows = [Arrived(text_record(i, "x"), (), weights[i]) for i in range(first, first + count)]
+
+    def rows_of(blocks):
+        return [record.row for block in blocks for record in block.records]
+
+    ends = data.draw(st.sets(st.integers(1, max(1, count - 1))))
+    cuts = [first, *(first + end for end in sorted(ends) if end < count), first + count] if count else []
+    blocks = [
+        Arrived([text_record(i, "x") for i in range(a, b)], [()] * (b - a), weights[a:b])
+        for a, b in itertools.pairwise(cuts)
+    ]
 
     def cut(order):
         windows = Windows(first, sizes, max_bytes)
-        found = [[r.record.row for r in w] for row in order for w in windows.add([row])]
-        found.append([r.record.row for r in windows.flush()])
+        found = [rows_of(w) for block in order for w in windows.add([block])]
+        found.append(rows_of(windows.flush()))
         windows.check_empty()
         return found
 
-    in_order = cut(rows)
-    assert cut(data.draw(st.permutations(rows))) == in_order
-    assert [row for window in in_order for row in window] == [r.record.row for r in rows]
+    one_by_one = [block.part(i, i + 1) for block in blocks for i in range(len(block))]
+    in_order = cut(one_by_one)
+    assert cut(data.draw(st.permutations(blocks))) == in_order
+    assert [row for window in in_order for row in window] == rows_of(blocks)
     for window in in_order:
         assert all(sizes.around(row) == sizes.around(window[0]) for row in window)
         assert sum(weights[row] for row in window[:-1]) < max_bytes
