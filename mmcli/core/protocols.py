@@ -74,7 +74,10 @@ class RecordProcessor(Protocol):
 
 
 class Decoder(Protocol):
-    """Decodes records and runs the processor on them, in whatever processes."""
+    """Decodes records and runs the processor on them, in whatever processes.
+
+    One that can compute the signatures of records meanwhile has `signs: bool`, to be set before `run`.
+    """
 
     num_workers: int
 

@@ -172,7 +172,7 @@ def measure_decoding(
                 done.errors.update(filter(None, found))
                 if kept < keep and nbytes < WINDOW_BYTES:
                     good = _without_errors(block, found).part(0, keep - kept)
-                    done.kept.append(good)
+                    done.kept += [good] if len(good) else []
                     kept += len(good)
                     nbytes += good.nbytes
     finally:
@@ -214,8 +214,8 @@ def _without_errors(block: Arrived, errors: Sequence[str | None]) -> Arrived:
     if not any(errors):
         return block
     good = [i for i, error in enumerate(errors) if error is None]
-    records, outcomes = ([rows[i] for i in good] for rows in (block.records, list(block.outcomes)))
-    return Arrived(records, outcomes, [block.sizes[i] for i in good])
+    outcomes = [block.outcomes[i] for i in good]
+    return Arrived([block.records[i] for i in good], outcomes, [int(block.sizes[i]) for i in good])
 
 
 def measure_model(runner: Runner, blocks: Sequence[Arrived], options: LocalOptions, seconds: float) -> Rate:

@@ -57,7 +57,12 @@ class Intake:
     ) -> None:
         self._source, self._decoder, self._report = source, decoder, report
         self._first, self._max_rows, self._most, self._reuse = first, max_rows, block_rows, reuse
-        self._want_signatures, self._live = want_signatures, live
+        self._live = live
+        # To look rows up they are needed at once; else the decode workers have more time for them than this thread.
+        self._sign_first = want_signatures and (reuse is not None or not hasattr(decoder, "signs"))
+        self._sign = want_signatures
+        if hasattr(decoder, "signs"):
+            decoder.signs = want_signatures and not self._sign_first
         self._arrived: queue.Queue[list[Arrived] | BaseException | None] = queue.Queue()
         self._lock = threading.Lock()
         self._rows = self._bytes = 0
@@ -96,6 +101,8 @@ class Intake:
                     return
                 if decoded.records:
                     self._report.decoded(decoded.decode_s, decoded.process_s, decoded.cpu_s)
+                    if self._sign:
+                        _sign([r for r in decoded.records if r.signature is None])
                     self._arrive(Arrived.of(decoded.records, decoded.outcomes))
             self._arrived.put(None)
         except BaseException as failure:  # noqa: BLE001 - raised where the rows are waited for
@@ -148,9 +155,8 @@ class Intake:
 
     def _look_up(self, chunk: list[Record]) -> tuple[list[_Ready], list[Record]]:
         """Rows that need no decoding, and the others."""
-        if self._want_signatures:
-            for record in chunk:
-                record.signature = signature(record)
+        if self._sign_first:
+            _sign(chunk)
         ready: list[_Ready] = [(r, (r.error,)) for r in chunk if r.error is not None]
         wanted = [r for r in chunk if r.error is None] if ready else chunk
         if self._reuse is not None and wanted:
@@ -240,6 +246,11 @@ def _live_chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
                     raise end
                 return
         yield chunk
+
+
+def _sign(records: Sequence[Record]) -> None:
+    for record in records:
+        record.signature = signature(record)
 
 
 def _encoded_bytes(record: Record) -> int:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from mmcli.core.errors import MmcliError, ModelError, RowError
 from mmcli.core.protocols import ModelPlan
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Record
+from mmcli.core.signature import SIZE
 from mmcli.media import transport
-from mmcli.media.worker import Answer, BlockDecoder, Cell
+from mmcli.media.worker import Answer, BlockDecoder, Cell, Jobs
 
 # One block in work and one waiting: a worker never idles while its answer is on the way.
 BLOCKS_PER_WORKER = 2
@@ -110,7 +111,7 @@ class InlineDecoder:
             if not records:
                 yield Decoded((), ())
                 continue
-            answer = decoder.block(0, [(r.media, r.variables) for r in records])
+            answer = decoder.block(Jobs.of(0, records, sign=False))
             yield Decoded(records, answer.outcomes, answer.decode_s, answer.process_s)
 
     def close(self) -> None:
@@ -124,6 +125,7 @@ class DecodePool:
     too, the record is a `worker_crash`. A record that takes longer than `timeout_s` is a `timeout`.
 
     expected  modalities whose libraries are loaded before workers are forked; others are when they turn up
+    signs     whether the workers also compute the signatures of records, as far as they get to them
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class DecodePool:
         expected: frozenset[Modality] | None = None,
     ) -> None:
         self.num_workers, self._timeout_s = num_workers, timeout_s
+        self.signs = False
         self._workers: list[_Worker] = []
         self._again: deque[_Block] = deque()
         self._ready: deque[Decoded] = deque()
@@ -232,7 +235,7 @@ class DecodePool:
     def _give(self, worker: _Worker, block: _Block) -> None:
         worker.blocks.append(block)
         try:
-            transport.send(worker.sock, (block.number, [(r.media, r.variables) for r in block.records]))
+            transport.send(worker.sock, Jobs.of(block.number, block.records, self.signs))
         except OSError:
             self._bury(worker)
 
@@ -259,6 +262,9 @@ class DecodePool:
         if answer.block != block.number or len(answer.outcomes) != len(block.records):
             raise MmcliError(f"decode worker answered block {answer.block} instead of {block.number}")
         self._barren_deaths = 0
+        if (signatures := answer.signatures) is not None:
+            for i, record in enumerate(block.records):
+                record.signature = signatures[SIZE * i : SIZE * i + SIZE]
         decoded = Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s, answer.cpu_s)
         self._ready.append(decoded)
 

@@ -23,17 +23,62 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 from mmcli.core.errors import RowError
 from mmcli.core.protocols import ModelPlan, Processor, RecordProcessor
-from mmcli.core.records import DecodeOptions, Media, Modality, Sample
+from mmcli.core.records import DecodeOptions, Media, Modality, Record, Sample
+from mmcli.core.signature import signature
 from mmcli.media import transport
 from mmcli.media.packing import Outcomes, pack
 
 Outcome = Sample | RowError
-# What a worker is told of a record: its media and its `variables`.
-Job = tuple[tuple[Media, ...], tuple[Any, ...]]
+
+
+@dataclass(slots=True)
+class Jobs:
+    """What a worker is told of a block of records.
+
+    number     of the block
+    media      of each record; of records with one inline text each, all of one `modality`, these texts alone
+    variables  `Record.variables` of each; None: no record has any
+    described  (id, path, keep) of each, where their signatures are wanted; else None
+    """
+
+    number: int
+    media: list[tuple[Media, ...]] | list[str]
+    modality: Modality | None = None
+    variables: list[tuple[Any, ...]] | None = None
+    described: list[tuple[str, str | None, tuple[Any, ...]]] | None = None
+
+    @classmethod
+    def of(cls, number: int, records: Sequence[Record], sign: bool) -> Jobs:
+        """Of so many records. Texts alone: a fifth of the time to pickle."""
+        media = [r.media for r in records]
+        variables = [r.variables for r in records] if any(r.variables for r in records) else None
+        described = [(r.id, r.path, r.keep) for r in records] if sign else None
+        jobs = cls(number, media, None, variables, described)
+        texts = [m[0].text for m in media if len(m) == 1 and m[0].text is not None]
+        modalities = {m[0].modality for m in media if m}
+        if len(texts) == len(media) and len(modalities) == 1:
+            jobs.media, jobs.modality = texts, modalities.pop()
+        return jobs
+
+    def unpacked(self) -> list[tuple[Media, ...]]:
+        """The media of each record."""
+        return [(Media(self.modality, text=m),) if isinstance(m, str) else m for m in self.media]
+
+    def signatures(self, media: Sequence[tuple[Media, ...]]) -> bytes | None:
+        """Those of the records (mmcli.core.signature), one behind the other."""
+        if self.described is None:
+            return None
+        variables = self.variables or repeat(())
+        records = [
+            Record(0, id, path, one, keep, values)
+            for (id, path, keep), one, values in zip(self.described, media, variables)  # noqa: B905 - one may be endless
+        ]
+        return b"".join([signature(record) or b"" for record in records])
 
 
 class Cell:
@@ -83,7 +128,8 @@ class Cell:
 class Answer:
     """A worker's answer to one block: for each record one outcome per Sample, and the seconds that it took.
 
-    cpu_s  processor seconds of the worker since its last answer, the messages included
+    cpu_s       processor seconds of the worker since its last answer, the messages included
+    signatures  16 bytes for each record, where they were wanted
     """
 
     block: int
@@ -91,6 +137,7 @@ class Answer:
     decode_s: float
     process_s: float
     cpu_s: float = 0.0
+    signatures: bytes | None = None
 
 
 class BlockDecoder:
@@ -108,20 +155,22 @@ class BlockDecoder:
             processor.show(partial(decode, options=options))
         self.decode_s = self.process_s = 0.0
 
-    def block(self, number: int, records: Sequence[Job], cell: Cell | None = None) -> Answer:
-        """Outcomes of all `records` of a block."""
+    def block(self, jobs: Jobs, cell: Cell | None = None) -> Answer:
+        """Outcomes of all records of a block."""
         self.decode_s = self.process_s = 0.0
         outcomes: list[tuple[Outcome, ...]] = []
-        for index, (media, variables) in enumerate(records):
+        records = jobs.unpacked()
+        for index, media in enumerate(records):
             if cell is not None:
                 cell.begin(index)
             if self._whole:
-                outcomes.append(self._timed(media, variables))
+                outcomes.append(self._timed(media, jobs.variables[index] if jobs.variables else ()))
             else:
                 outcomes.append(tuple([self._timed((m,))[0] for m in media]))
         if cell is not None:
             cell.idle()
-        return Answer(number, outcomes, self.decode_s, self.process_s)
+        signatures = jobs.signatures(records)
+        return Answer(jobs.number, outcomes, self.decode_s, self.process_s, signatures=signatures)
 
     def _timed(self, media: Sequence[Media], variables: Sequence[Any] = ()) -> tuple[Outcome, ...]:
         start, decoded = time.perf_counter(), 0.0
@@ -197,8 +246,7 @@ def _serve(decoder: BlockDecoder, sock: socket.socket, cell: Cell) -> None:
     used = time.process_time()
     while True:
         try:
-            number, records = transport.receive(sock)
-            answer = decoder.block(number, records, cell)
+            answer = decoder.block(transport.receive(sock), cell)
             before, used = used, time.process_time()
             transport.send(sock, replace(answer, outcomes=pack(answer.outcomes), cpu_s=used - before))
         except (EOFError, OSError):

@@ -7,8 +7,8 @@ is not a JSON object is an error row (bad_row). A key that a row lacks is null. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import orjson
 
@@ -21,6 +21,8 @@ from mmcli.sources.names import shown
 
 # How much is read to learn the columns before a run: a misspelt name is found then.
 SAMPLE_ROWS, SAMPLE_BYTES = 1000, 4 * 1024 * 1024
+# Of lines that are looked at together; more of them where one is longer.
+CHUNK_BYTES = 256 * 1024
 _BOM = b"\xef\xbb\xbf"
 # orjson reads integers over 64 bits as floats. To look for 19 zeros, all digits made zeros, takes a third of the
 # time of an expression.
@@ -47,12 +49,27 @@ class JsonlManifest:
         self.columns = [_column(key, seen) for key, seen in types.items()]
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
+        for numbers, lines in self._chunks():
+            yield from zip(numbers, lines, strict=True)
+
+    def _chunks(self) -> Iterator[tuple[Sequence[int], list[bytes]]]:
+        """Lines that are not blank, some at a time, with their numbers from 1 on."""
+        number = 1
         with open_binary(self.path, self.name) as file:
-            yield from _numbered(file)
+            while read := file.readlines(CHUNK_BYTES):
+                if number == 1:
+                    read[0] = read[0].removeprefix(_BOM)
+                numbers: Sequence[int] = range(number, number + len(read))
+                lines = list(map(bytes.strip, read))
+                if not all(lines):
+                    numbers = [n for n, line in zip(numbers, lines, strict=True) if line]
+                    lines = list(filter(None, lines))
+                yield numbers, lines
+                number += len(read)
 
     def count(self) -> int:
         """Rows: lines that are not blank."""
-        return sum(1 for _ in self._lines())
+        return sum(len(lines) for _, lines in self._chunks())
 
     def holds_paths(self, selection: Selection) -> bool:
         """Whether any row may refer to a file."""
@@ -63,18 +80,25 @@ class JsonlManifest:
         return rows.blocks(self._getters(start), selection, 0)
 
     def _getters(self, start: int) -> Iterator[rows.Getter | RowError]:
-        for row, (number, line) in enumerate(self._lines()):
-            if row >= start:
-                parsed = parse(line, number)
-                yield parsed if isinstance(parsed, RowError) else parsed.get
+        row = 0
+        for numbers, lines in self._chunks():
+            skip = max(0, start - row)
+            row += len(lines)
+            if skip < len(lines):
+                yield from _parsed(numbers[skip:], lines[skip:])
 
 
-def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of every line that is not blank."""
-    for number, line in enumerate(file, 1):
-        stripped = (line.removeprefix(_BOM) if number == 1 else line).strip()
-        if stripped:
-            yield number, stripped
+def _parsed(numbers: Sequence[int], lines: list[bytes]) -> list[rows.Getter | RowError]:
+    """Each line; together, where nothing is special about any: a third of the time."""
+    if _HUGE_INTEGER not in b" ".join(lines).translate(_DIGITS):
+        try:
+            found = list(map(orjson.loads, lines))
+        except (ValueError, RecursionError):
+            found = []
+        if {type(row) for row in found} == {dict}:
+            return [row.get for row in found]
+    parsed = map(parse, lines, numbers)
+    return [row if isinstance(row, RowError) else row.get for row in parsed]
 
 
 def parse(line: bytes, number: int) -> dict[str, Any] | RowError:

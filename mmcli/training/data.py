@@ -138,10 +138,12 @@ class Rows(Dataset[Any]):
         return Rows(rows, self._plan, self._seed, self._augment, self._dropout, self.masked)
 
     def _read(self, key: Key, media: tuple[Media, ...]) -> tuple[Sample, ...] | RowError:
+        from mmcli.media.worker import Jobs
+
         epoch, index = key
         if self._processor is not None:
             self._processor.generator = np.random.default_rng((self._seed, epoch, index))
-        outcomes = self._decoder.block(0, [(media, self.rows[index].variables)]).outcomes[0]
+        outcomes = self._decoder.block(Jobs(0, [media], variables=[self.rows[index].variables])).outcomes[0]
         return next((one for one in outcomes if isinstance(one, RowError)), tuple(outcomes))
 
     def _without_unreadable(self, key: Key, error: RowError) -> tuple[tuple[Sample, ...] | RowError, Any]:
