@@ -194,8 +194,8 @@ class Task(Protocol):
 
     One that makes many rows faster than one at a time also has `results(records, samples, outputs)`: what `result`
     gives for each of several records, none of which has failed before. One that makes columns of an array at once
-    has `whole(outputs, fields)`: outputs [n, ...] of n rows with one each -> what `columns` gives of their Results,
-    or None where a row has to be looked at for itself.
+    has `whole(outputs, failed, fields)`: outputs [n, ...] of n rows, zeros where the row has failed -> what
+    `columns` gives of their Results, or None where a row has to be looked at for itself.
     """
 
     @property

@@ -95,17 +95,19 @@ class Batch:
 class Window:
     """Consecutive rows that are batched together.
 
-    nbytes   size of all model inputs
-    known    per row what each of its media is or why it is not there, or the finished Result. Not the samples:
-             their memory goes with their batch. One modality: every row has one sample, which is of that
-    outputs  per row those of the model, one per medium; None until they are there. Where `known` is one modality
-             those of whole batches instead, each with its rows
+    nbytes    size of all model inputs
+    known     per row what each of its media is or why it is not there, or the finished Result. Not the samples:
+              their memory goes with their batch
+    outputs   per row those of the model, one per medium; None until they are there. Where there is a `modality`,
+              those of whole batches instead, each with the positions of its rows
+    modality  of a window of samples in columns: every row has one, of this modality, or has failed
     """
 
     records: Sequence[Record]
     nbytes: int
-    known: list[tuple[Modality | RowError, ...] | Result] | Modality
+    known: list[tuple[Modality | RowError, ...] | Result]
     outputs: list[Any]
+    modality: Modality | None = None
 
     @classmethod
     def of(cls, blocks: Sequence[Arrived]) -> tuple[Window, Batch]:
@@ -113,9 +115,27 @@ class Window:
         records = [record for block in blocks for record in block.records]
         nbytes = sum([block.nbytes for block in blocks])
         packed = [block.outcomes.samples for block in blocks if isinstance(block.outcomes, Packed)]
-        if packed and len(packed) == len(blocks) and (samples := Samples.join(packed)) is not None:
-            return cls(records, nbytes, samples.modality, []), Batch(samples, np.arange(len(records)))
+        others = [row for block in blocks if not isinstance(block.outcomes, Packed) for row in block.outcomes]
+        failed = all(type(row) is tuple and not any(isinstance(o, Sample) for o in row) for row in others)
+        if packed and failed and (samples := Samples.join(packed)) is not None:
+            return cls._by_columns(records, nbytes, blocks, samples)
         return cls._by_rows(records, nbytes, chain.from_iterable([block.outcomes for block in blocks]))
+
+    @classmethod
+    def _by_columns(
+        cls, records: Sequence[Record], nbytes: int, blocks: Sequence[Arrived], samples: Samples
+    ) -> tuple[Window, Batch]:
+        there: tuple[Modality | RowError, ...] = (samples.modality,)
+        known: list[tuple[Modality | RowError, ...] | Result] = []
+        places: list[range] = []
+        for block in blocks:
+            if isinstance(block.outcomes, Packed):
+                places.append(range(len(known), len(known) + len(block)))
+                known += [there] * len(block)
+            else:
+                known += block.outcomes  # type: ignore[arg-type] # errors alone
+        rows = np.concatenate([np.arange(place.start, place.stop) for place in places])
+        return cls(records, nbytes, known, [], samples.modality), Batch(samples, rows)
 
     @classmethod
     def _by_rows(cls, records: Sequence[Record], nbytes: int, rows: Iterable[Outcomes]) -> tuple[Window, Batch]:
@@ -148,7 +168,7 @@ class Window:
 
     def put(self, batch: Batch, outputs: Sequence[Any]) -> None:
         """The outputs of a batch of this window are there."""
-        if isinstance(self.known, str):
+        if self.modality is not None:
             self.outputs.append((batch.rows, outputs))
             return
         for row, medium, output in zip(batch.rows, batch.media or (), outputs, strict=True):
@@ -159,13 +179,15 @@ class Window:
         return max(0, row - self.records[0].row) if self.records else 0
 
     def array(self) -> np.ndarray | None:
-        """The outputs of all rows as one array, [rows, ...]; None where they are no arrays, or rows have failed."""
-        if not isinstance(self.known, str) or not self.outputs:
+        """The outputs of all rows as one array, [rows, ...], with zeros where a row could not be read; None where
+        they are no arrays.
+        """
+        if self.modality is None or not self.outputs:
             return None
         if not all(isinstance(outputs, np.ndarray) for _, outputs in self.outputs):
             return None
         _, one = self.outputs[0]
-        array = np.empty((len(self.records), *one.shape[1:]), one.dtype)
+        array = np.zeros((len(self.records), *one.shape[1:]), one.dtype)
         for rows, outputs in self.outputs:
             array[rows] = outputs
         return array
@@ -190,20 +212,24 @@ class Window:
                 results.append(task.result(record, media, made))
         return results
 
-    @property
-    def reused(self) -> list[bool]:
-        """Of each row, whether an earlier run has finished it."""
-        known = self.known
-        return [False] * len(self.records) if isinstance(known, str) else [isinstance(k, Result) for k in known]
+    def failed(self, first: int = 0) -> dict[int, tuple[str | None, RowError]]:
+        """Rows from that position on that could not be read: by position behind it, their modality and why."""
+        there = (self.modality,)
+        found = {}
+        for i, (record, known) in enumerate(zip(self.records[first:], self.known[first:], strict=True)):
+            if known != there and isinstance(known, tuple):
+                error = next(one for one in known if isinstance(one, RowError))
+                found[i] = _modality(record, known), error
+        return found
 
     def _by_row(self) -> tuple[list[Any], list[list[Any]]]:
-        if not isinstance(self.known, str):
+        if self.modality is None:
             return self.known, self.outputs
         by_row: list[list[Any]] = [[None] for _ in self.records]
         for rows, outputs in self.outputs:
             for row, output in zip(rows.tolist(), outputs, strict=True):
                 by_row[row][0] = output
-        return [(self.known,)] * len(self.records), by_row
+        return self.known, by_row
 
 
 def _plain(known: Sequence[Any], outputs: Sequence[Sequence[Any]]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -47,10 +47,24 @@ class Layout:
         columns = self.task.columns(results, self.task_fields)
         return self._batch([r.record for r in results], modality, columns, _states([r.error for r in results]))
 
-    def whole(self, records: Sequence[Record], modality: str, columns: Sequence[pa.Array]) -> pa.RecordBatch:
-        """Consecutive rows of one modality, none of which has failed; `columns`: the task's."""
-        modalities = pa.repeat(pa.scalar(modality, pa.string()), len(records))
-        return self._batch(records, modalities, columns, _all_ok(len(records)))
+    def whole(
+        self,
+        records: Sequence[Record],
+        modality: str,
+        failed: Mapping[int, tuple[str | None, RowError]],
+        columns: Sequence[pa.Array],
+    ) -> pa.RecordBatch:
+        """Consecutive rows as one record batch: of one modality, but for those that have `failed`, by position.
+
+        columns  the task's
+        """
+        count = len(records)
+        if not failed:
+            return self._batch(records, pa.repeat(pa.scalar(modality, pa.string()), count), columns, _all_ok(count))
+        there: tuple[str | None, RowError | None] = (modality, None)
+        known = [failed.get(i, there) for i in range(count)]
+        modalities = pa.array([one for one, _ in known], pa.string())
+        return self._batch(records, modalities, columns, _states([error for _, error in known]))
 
     def _batch(
         self, records: Sequence[Record], modality: pa.Array, columns: Sequence[pa.Array], states: Sequence[pa.Array]

@@ -97,37 +97,38 @@ class PartWriter:
 
     def _add(self, window: Window) -> None:
         first = window.position(self._next_row + len(self._signatures))
-        records = window.records[first:]
-        with self._report.timed("post"):
-            columns = self._columns(window, first)
-            results = [] if columns is not None else window.results(self._layout.task, first)
-        self._signatures += [record.signature for record in records]
-        self._account(results, len(records), sum(window.reused[first:]))
-        if columns is not None:
-            self._tabulate()
-            with self._report.timed("write"):
-                self._keep(self._layout.whole(records, str(window.known), columns))
+        rows = len(window.records) - first
+        if rows <= 0:
             return
-        self._results += results
-        self._text_bytes += _text_bytes(results)
-        if len(self._results) >= TABLE_ROWS or self._text_bytes >= TABLE_BYTES:
-            self._tabulate()
+        self._signatures += [record.signature for record in window.records[first:]]
+        if not self._add_whole(window, first):
+            with self._report.timed("post"):
+                results = window.results(self._layout.task, first)
+            self._report.errors.update(r.error.code for r in results if r.error is not None)
+            self._report.reused += len([k for k in window.known[first:] if isinstance(k, Result)])
+            self._results += results
+            self._text_bytes += _text_bytes(results)
+            if len(self._results) >= TABLE_ROWS or self._text_bytes >= TABLE_BYTES:
+                self._tabulate()
+        self._report.done += rows
+        self._report.first_result()
 
-    def _columns(self, window: Window, first: int) -> list[pa.Array] | None:
-        """The task's columns of a window whose outputs are one array, made without looking at its rows."""
+    def _add_whole(self, window: Window, first: int) -> bool:
+        """A window whose outputs are one array, of which the task makes columns without looking at its rows."""
         whole = getattr(self._layout.task, "whole", None)
-        array = window.array() if whole is not None and first < len(window.records) else None
-        return None if whole is None or array is None else whole(array[first:], self._layout.task_fields)
-
-    def _account(self, results: Sequence[Result], rows: int, reused: int) -> None:
-        report = self._report
-        for result in results:
-            if result.error is not None:
-                report.errors[result.error.code] += 1
-        report.done += rows
-        report.reused += reused
-        if rows:
-            report.first_result()
+        with self._report.timed("post"):
+            array = None if whole is None else window.array()
+            if whole is None or array is None:
+                return False
+            failed = window.failed(first)
+            columns = whole(array[first:], failed, self._layout.task_fields)
+        if columns is None:
+            return False
+        self._tabulate()
+        with self._report.timed("write"):
+            self._keep(self._layout.whole(window.records[first:], str(window.modality), failed, columns))
+        self._report.errors.update(error.code for _, error in failed.values())
+        return True
 
     def _tabulate(self) -> None:
         if self._results:

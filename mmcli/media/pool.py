@@ -20,6 +20,7 @@ from mmcli.core.protocols import ModelPlan
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Record
 from mmcli.core.signature import SIZE
 from mmcli.media import transport
+from mmcli.media.packing import pack
 from mmcli.media.worker import Answer, BlockDecoder, Cell, Jobs
 
 # One block in work and one waiting: a worker never idles while its answer is on the way.
@@ -112,7 +113,7 @@ class InlineDecoder:
                 yield Decoded((), ())
                 continue
             answer = decoder.block(Jobs.of(0, records, sign=False))
-            yield Decoded(records, answer.outcomes, answer.decode_s, answer.process_s)
+            yield Decoded(records, pack(answer.outcomes), answer.decode_s, answer.process_s)
 
     def close(self) -> None:
         """Nothing to release."""

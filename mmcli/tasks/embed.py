@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,20 @@ class Embed:
         names = [m[0] if len(m) == 1 else "+".join(m) for m in modalities]
         return list(map(Result, records, names, vectors))
 
-    def whole(self, outputs: np.ndarray, fields: Sequence[pa.Field]) -> list[pa.Array] | None:
+    def whole(
+        self, outputs: np.ndarray, failed: Collection[int], fields: Sequence[pa.Field]
+    ) -> list[pa.Array] | None:
         """See mmcli.core.protocols.Task: vectors [n, D] of rows of one medium."""
         vectors = outputs if outputs.dtype == self.dtype else _cast(outputs, self.dtype)
         if not math.isfinite(np.add.reduce(vectors, axis=None, dtype=np.float64)):
             return None
-        return [pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=f.type) for f in fields]
+        mask = None
+        if failed:
+            missing = np.zeros(len(vectors), bool)
+            missing[list(failed)] = True
+            mask = pa.array(missing)
+        flat = pa.array(vectors.reshape(-1))
+        return [pa.FixedSizeListArray.from_arrays(flat, type=f.type, mask=mask) for f in fields]
 
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
         """Vectors as FixedSizeListArrays without Python lists; null where the result is an error."""

@@ -13,6 +13,7 @@ from mmcli.core.protocols import Decoder, ModelPlan
 from mmcli.core.records import DecodeOptions, Media, Record
 from mmcli.core.report import Report
 from mmcli.engines.batching import BatchSize, WindowSizes, window_sizes
+from mmcli.engines.intake import BLOCK_ROWS
 from mmcli.engines.local import ErrorBudget as ErrorBudget
 from mmcli.engines.local import LocalOptions, StopFlag, Work, run
 from mmcli.engines.writer import PartLimits as PartLimits
@@ -117,6 +118,7 @@ def run_engine(
     model = model or plan()
     timeout_s = work.pop("timeout_s", 30.0)
     options = {n: work.pop(n) for n in ("time_limit_s", "budget") if n in work}
+    blocks = {"block_rows": work.pop("block_rows", None) or BLOCK_ROWS}
     size = BatchSize(batch_size, work.pop("tokens", None), work.pop("audio", None))
     report = work.pop("report", None) or Report()
     run(
@@ -137,6 +139,7 @@ def run_engine(
             # As many as the model says.
             concurrency=9,
             parts=parts or PartLimits(),
+            **blocks,
             **options,
         ),
     )

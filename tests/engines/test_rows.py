@@ -25,6 +25,7 @@ from PIL import Image
 
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Media, Record
+from mmcli.core.signature import signature
 from mmcli.engines.batching import Windows, WindowSizes, window_sizes
 from mmcli.models.fake import fake_vector
 
@@ -61,16 +62,17 @@ SHAPES = {
     "oom": st.none() | st.integers(1, 6),
     "both": st.integers(1, 3),
     "tokens": st.none() | st.integers(1, 60),
+    "block_rows": st.integers(1, 30),
 }
 
 
 @given(inputs=record_lists(), **SHAPES)
 @settings(max_examples=150, deadline=None)
-def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_rows, oom, both, tokens):
+def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_rows, oom, both, tokens, block_rows):
     slots, records = inputs
     output = Collected()
     arguments = {"batch_size": batch_size, "window": window, "first": first, "parts": PartLimits(rows=part_rows)}
-    arguments["tokens"] = tokens
+    arguments |= {"tokens": tokens, "block_rows": block_rows}
     if broken_for_all(records):
         with pytest.raises(ModelError, match=r"failed on all its inputs: .* told to fail"):
             run_engine(ListSource(records, SLOTS[slots]), output, plan(oom=oom, both=both), **arguments)
@@ -87,7 +89,7 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_ro
 @given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
 @settings(max_examples=12, deadline=None)
 def test_decode_processes_change_nothing(
-    inputs, workers, seed, batch_size, window, first, part_rows, oom, both, tokens
+    inputs, workers, seed, batch_size, window, first, part_rows, oom, both, tokens, block_rows
 ):
     slots, records = inputs
     records.append(text_record(len(records), *["always one that works"] * slots))
@@ -95,8 +97,10 @@ def test_decode_processes_change_nothing(
     parts = PartLimits(rows=part_rows)
     source = ListSource(records, SLOTS[slots])
     shape = {"batch_size": batch_size, "window": window, "first": first, "parts": parts, "tokens": tokens}
+    shape["block_rows"] = block_rows
     run_engine(source, output, plan(oom=oom, both=both), workers=workers, **shape)
     assert output.rows() == expected_rows(slots, records)
+    assert output.signatures == [signature(record) for record in records]
 
 
 @given(inputs=record_lists(), kills=st.lists(st.integers(0, 4), max_size=6), data=st.data())
@@ -108,7 +112,7 @@ def test_a_run_that_is_broken_off_at_any_commit_goes_on_where_it_was(inputs, kil
     output = Collected()
     for kill in [*kills, None]:
         output.fail_at = None if kill is None else len(output.tables) + kill
-        shape = {name: data.draw(SHAPES[name]) for name in ("batch_size", "window", "tokens")}
+        shape = {name: data.draw(SHAPES[name]) for name in ("batch_size", "window", "tokens", "block_rows")}
         parts = PartLimits(rows=data.draw(SHAPES["part_rows"]))
         before = output.committed
         try:
