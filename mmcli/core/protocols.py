@@ -193,9 +193,9 @@ class Task(Protocol):
     """What the user asks for: which columns a Result has.
 
     One that makes many rows faster than one at a time also has `results(records, samples, outputs)`: what `result`
-    gives for each of several records, none of which has failed before. One that makes columns of an array at once
-    has `whole(outputs, failed, fields)`: outputs [n, ...] of n rows, zeros where the row has failed -> what
-    `columns` gives of their Results, or None where a row has to be looked at for itself.
+    gives for each of several records, none of which has failed before. One that makes columns of a whole
+    array (or ClassifiedRows) has `whole(outputs, failed, fields)`: outputs of n rows, zeros where one has failed ->
+    what `columns` gives of their Results, or None where a row has to be looked at for itself.
     """
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmcli.core.classified import ClassifiedRows
 from mmcli.core.errors import MmcliError, RowError
 from mmcli.core.extensions import guess_modality
 from mmcli.core.protocols import Task
@@ -178,16 +179,16 @@ class Window:
         """Of that row of the run, or of the first one behind it that is here."""
         return max(0, row - self.records[0].row) if self.records else 0
 
-    def array(self) -> np.ndarray | None:
-        """The outputs of all rows as one array, [rows, ...], with zeros where a row could not be read; None where
-        they are no arrays.
-        """
-        if self.modality is None or not self.outputs:
-            return None
-        if not all(isinstance(outputs, np.ndarray) for _, outputs in self.outputs):
+    def together(self) -> np.ndarray | ClassifiedRows | None:
+        """The outputs of all rows as one, zeros where a row could not be read; None where they are single ones."""
+        count = len(self.records)
+        kinds = {type(outputs) for _, outputs in self.outputs} if self.modality is not None else set()
+        if kinds == {ClassifiedRows}:
+            return ClassifiedRows.scatter(self.outputs, count)
+        if kinds != {np.ndarray}:
             return None
         _, one = self.outputs[0]
-        array = np.zeros((len(self.records), *one.shape[1:]), one.dtype)
+        array = np.zeros((count, *one.shape[1:]), one.dtype)
         for rows, outputs in self.outputs:
             array[rows] = outputs
         return array

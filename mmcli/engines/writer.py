@@ -114,14 +114,14 @@ class PartWriter:
         self._report.first_result()
 
     def _add_whole(self, window: Window, first: int) -> bool:
-        """A window whose outputs are one array, of which the task makes columns without looking at its rows."""
+        """A window whose outputs are columns, of which the task makes its own without looking at single rows."""
         whole = getattr(self._layout.task, "whole", None)
         with self._report.timed("post"):
-            array = None if whole is None else window.array()
-            if whole is None or array is None:
+            outputs = None if whole is None else window.together()
+            if whole is None or outputs is None:
                 return False
             failed = window.failed(first)
-            columns = whole(array[first:], failed, self._layout.task_fields)
+            columns = whole(outputs[first:], failed, self._layout.task_fields)
         if columns is None:
             return False
         self._tabulate()

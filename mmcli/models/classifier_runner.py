@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmcli.core.classified import ClassifiedRows
 from mmcli.core.errors import ModelError
-from mmcli.core.records import Classified, Modality
+from mmcli.core.records import Modality
 from mmcli.models.classifier import ClassifierHead
 from mmcli.models.concurrent import concurrent
 from mmcli.models.encoder import CHANNELS_LAST, TRAINING_ONLY
@@ -49,7 +50,7 @@ class ClassifierRunner(_HeadRunner):
     """See mmcli.core.protocols.Runner: inputs -> Classified."""
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> list[Classified] | PendingClassified:
+    def forward(self, batch: Batch) -> ClassifiedRows | PendingClassified:
         """One output for each input of the batch. Raises as `logits`."""
         plan = self._plan
         return classify(self.logits(batch, len(plan.labels)), plan.activation, plan.labels, plan.ranking)

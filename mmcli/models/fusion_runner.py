@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mmcli.core.classified import ClassifiedRows
 from mmcli.core.errors import ModelError
-from mmcli.core.records import Classified, Sample
+from mmcli.core.records import Sample
 from mmcli.models.fusion import MultimodalTransformer, register
 from mmcli.models.fusion_inputs import FusionProcessor, Part
 from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
@@ -102,7 +103,7 @@ class FusionRunner(TorchRunner, FusionCollator):
         self._model = torch.compile(model) if plan.compile else model
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> list[Classified] | PendingClassified:
+    def forward(self, batch: Batch) -> ClassifiedRows | PendingClassified:
         """One output for each record of the batch. Raises torch.OutOfMemoryError."""
         plan = self._plan
         inputs = self.to_device(batch)

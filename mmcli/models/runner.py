@@ -81,8 +81,8 @@ class Collator:
         fill = self._fill if modality == "text" else {}
         pinned = self.device.type == "cuda"
         if isinstance(samples, Samples):
-            padded = {name: _padded(c, fill.get(name, 0), pinned) for name, c in samples.columns.items()}
-            return Batch(modality, padded)
+            tensors = {name: padded(c, fill.get(name, 0), pinned) for name, c in samples.columns.items()}
+            return Batch(modality, tensors)
         tensors = {}
         for name in samples[0].arrays:
             tensors[name] = stack([s.arrays[name] for s in samples], fill.get(name, 0), pinned)
@@ -239,7 +239,7 @@ def stack(arrays: Sequence[np.ndarray], fill: int, pinned: bool, left: bool = Fa
     return stacked
 
 
-def _padded(column: Column, fill: int, pinned: bool) -> torch.Tensor:
+def padded(column: Column, fill: int, pinned: bool) -> torch.Tensor:
     """As `stack`."""
     tensor = torch.empty(column.padded_shape, dtype=_dtype_of(column.values), pin_memory=pinned)
     column.pad_into(tensor.numpy(), fill)

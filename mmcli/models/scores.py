@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmcli.core.records import Classified
+from mmcli.core.classified import ClassifiedRows
 from mmcli.models.options import Ranking
 from mmcli.models.pending import PendingVectors
 
@@ -78,18 +78,17 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return values, indices.gather(-1, again)
 
 
-def classified(ranked: Ranked, labels: Sequence[str], ranking: Ranking) -> list[Classified]:
+def classified(ranked: Ranked, labels: Sequence[str], ranking: Ranking) -> ClassifiedRows:
     """One for each row of the batch; waits for the device."""
-    scores, indices = ranked.scores.tolist(), ranked.indices.tolist()
-    single = ranked.scores.shape[-1] < 2
-    found = []
-    for best, where, margin, entropy, count in zip(
-        scores, indices, ranked.margin.tolist(), ranked.entropy.tolist(), ranked.counts.tolist(), strict=True
-    ):
-        top = tuple((labels[index], score) for index, score in zip(where[: ranking.top_k], best, strict=False))
-        applying = None if ranking.threshold is None else tuple(labels[index] for index in where[:count])
-        found.append(Classified(top, None if single else margin, entropy, applying))
-    return found
+    return ClassifiedRows(
+        labels,
+        ranked.scores.numpy(force=True),
+        ranked.indices.numpy(force=True),
+        None if ranked.scores.shape[-1] < 2 else ranked.margin.numpy(force=True),
+        ranked.entropy.numpy(force=True),
+        None if ranking.threshold is None else ranked.counts.numpy(force=True),
+        ranking.top_k,
+    )
 
 
 class PendingClassified:
@@ -104,7 +103,7 @@ class PendingClassified:
         self._logits = PendingVectors(logits.float())
         self._activation, self._labels, self._ranking = activation, labels, ranking
 
-    def result(self) -> list[Classified]:
+    def result(self) -> ClassifiedRows:
         """Wait for them. Raises RuntimeError when the device has failed meanwhile."""
         logits = torch.from_numpy(self._logits.result())
         return classified(rank(logits, self._activation, self._ranking), self._labels, self._ranking)
@@ -112,7 +111,7 @@ class PendingClassified:
 
 def classify(
     logits: torch.Tensor, activation: Activation, labels: Sequence[str], ranking: Ranking
-) -> list[Classified] | PendingClassified:
+) -> ClassifiedRows | PendingClassified:
     """Logits [n, L] -> one output for each row."""
     if logits.device.type == "cuda":
         return PendingClassified(logits, activation, labels, ranking)

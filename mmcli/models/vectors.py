@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mmcli.core.errors import ModelError
 from mmcli.core.protocols import EmbeddingModelPlan, Processor, RecordProcessor, Runner
-from mmcli.core.records import MODALITIES, Classified, DecodeOptions, Modality, Sample
+from mmcli.core.records import MODALITIES, DecodeOptions, Modality, Sample
 from mmcli.models.device import keep_freed_memory
 from mmcli.models.options import Ranking
 
 if TYPE_CHECKING:
     import torch
 
+    from mmcli.core.classified import ClassifiedRows
     from mmcli.models.head import Head
     from mmcli.models.scores import PendingClassified
 
@@ -143,12 +144,15 @@ class VectorRunner:
         """As the base does; vectors are stacked."""
         if VECTOR not in samples[0].arrays:
             return self._base.collate(samples)
-        from mmcli.models.runner import Batch, stack
+        from mmcli.core.samples import Samples
+        from mmcli.models.runner import Batch, padded, stack
 
         pinned = self.device.type == "cuda"
+        if isinstance(samples, Samples):
+            return Batch(samples.modality, {VECTOR: padded(samples.columns[VECTOR], 0, pinned)})
         return Batch(samples[0].modality, {VECTOR: stack([s.arrays[VECTOR] for s in samples], 0, pinned)})
 
-    def forward(self, batch: Any) -> list[Classified] | PendingClassified:
+    def forward(self, batch: Any) -> ClassifiedRows | PendingClassified:
         """One Classified for each sample of the batch. Raises as the base does."""
         import torch
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mmcli.core.errors import ConfigError, ErrorCode, ErrorStage, RowError, StateMismatch, one_line
 from mmcli.core.records import MODALITIES, Decoded, Media, Modality, Record, Sample
+from mmcli.core.samples import Packed, Samples
 from mmcli.sources.columns import OUTPUT_NAMES, renamed
 from mmcli.sources.names import shown
 from mmcli.sources.snapshot import ResolvedInputs, combine, file_identity
@@ -154,10 +155,16 @@ class VectorDecoder:
             records = next(blocks, None)
             if records is None:
                 return
-            yield Decoded(records, [(_sample(record),) for record in records])
+            yield Decoded(records, _outcomes(records))
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _outcomes(records: Sequence[Record]) -> Sequence[tuple[Sample, ...]]:
+    samples = [_sample(record) for record in records]
+    columns = Samples.of(samples) if samples else None
+    return [(sample,) for sample in samples] if columns is None else Packed(columns)
 
 
 def _sample(record: Record) -> Sample:

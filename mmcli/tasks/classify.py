@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from mmcli.core.classified import ClassifiedRows
 from mmcli.core.errors import RowError
 from mmcli.core.records import Classified, Modality, Record, Result
 
@@ -66,6 +68,34 @@ class Classify:
         values += [[{"label": name, "score": s} for name, s in one.top_k], one.margin, one.entropy]
         return values if self.min_score is None else [*values, rejected]
 
+    def whole(
+        self, outputs: ClassifiedRows, failed: Collection[int], fields: Sequence[pa.Field]
+    ) -> list[pa.Array] | None:
+        """See mmcli.core.protocols.Task."""
+        if self.join is not None or not np.isfinite(outputs.scores[:, 0]).all():
+            return None
+        count, best = len(outputs), outputs.scores[:, 0]
+        missing = np.zeros(count, bool)
+        missing[list(failed)] = True
+        # As one of Python's floats is compared.
+        rejected = missing | (best.astype(np.float64) < self.min_score) if self.min_score is not None else missing
+        names = pa.array(outputs.labels, pa.string())
+        width = outputs.scores.shape[1]
+        columns = {"label": names.take(pa.array(outputs.indices[:, 0], mask=rejected))}
+        columns["score"] = pa.array(best, mask=missing)
+        if self.multi_label:
+            counts = np.zeros(count, np.int64) if outputs.counts is None else outputs.counts
+            columns["labels"] = _lists(_labels(names, outputs.indices, counts), counts, missing)
+        told = np.where(missing, 0, min(outputs.top_k, width))
+        top = [_labels(names, outputs.indices, told), pa.array(_firsts(outputs.scores, told))]
+        columns["top_k"] = _lists(pa.StructArray.from_arrays(top, fields=list(_TOP_K.value_type)), told, missing)
+        nothing = pa.nulls(count, pa.float32())
+        columns["margin"] = nothing if outputs.margin is None else pa.array(outputs.margin, mask=missing)
+        columns["entropy"] = pa.array(outputs.entropy, mask=missing)
+        if self.min_score is not None:
+            columns["rejected"] = pa.array(rejected, mask=missing)
+        return list(columns.values())
+
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
         """One array per column; null where the result is an error."""
         values = [r.values for r in results]
@@ -74,3 +104,20 @@ class Classify:
     def restore(self, table: pa.Table, fields: Sequence[pa.Field]) -> list[tuple[Any, ...]]:
         """The values of finished rows, read back from an earlier output."""
         return list(zip(*(table.column(f.name).to_pylist() for f in fields), strict=True))
+
+
+def _firsts(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of each row of [n, k] the first so many, one behind the other."""
+    found: np.ndarray = values[np.arange(values.shape[1]) < counts[:, None]]
+    return found
+
+
+def _labels(names: pa.Array, indices: np.ndarray, counts: np.ndarray) -> pa.Array:
+    return names.take(pa.array(_firsts(indices, counts)))
+
+
+def _lists(values: pa.Array, counts: np.ndarray, missing: np.ndarray) -> pa.ListArray:
+    """So many of the values for each row; null where it is missing."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    mask = pa.array(missing) if missing.any() else None
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=mask)

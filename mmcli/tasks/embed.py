@@ -62,12 +62,9 @@ class Embed:
         vectors = outputs if outputs.dtype == self.dtype else _cast(outputs, self.dtype)
         if not math.isfinite(np.add.reduce(vectors, axis=None, dtype=np.float64)):
             return None
-        mask = None
-        if failed:
-            missing = np.zeros(len(vectors), bool)
-            missing[list(failed)] = True
-            mask = pa.array(missing)
-        flat = pa.array(vectors.reshape(-1))
+        missing = np.zeros(len(vectors), bool)
+        missing[list(failed)] = True
+        flat, mask = pa.array(vectors.reshape(-1)), pa.array(missing) if failed else None
         return [pa.FixedSizeListArray.from_arrays(flat, type=f.type, mask=mask) for f in fields]
 
     def columns(self, results: Sequence[Result], fields: Sequence[pa.Field]) -> list[pa.Array]:
