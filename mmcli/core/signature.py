@@ -10,7 +10,7 @@ from mmcli.core.records import Record
 # takes 30 us, to digest a vector of 2 KB takes 2: only where there is much to digest is that well spent.
 _UNLOCKED, _LONG = 2047, 32 * 1024
 # Bytes of a signature.
-SIZE = 16
+SIGNATURE_BYTES = 16
 
 
 def signature(record: Record, digest_inline: bool = True) -> bytes | None:
@@ -46,8 +46,8 @@ def signature(record: Record, digest_inline: bool = True) -> bytes | None:
     # repr of str, bytes, int, float, Decimal, date, list and dict tells every value apart.
     text = repr(described).encode("utf-8", "surrogatepass")
     if len(inline) == 1 and len(text) + len(inline[0]) <= _UNLOCKED:
-        return blake2b(text + inline[0], digest_size=SIZE).digest()
-    digest = blake2b(text, digest_size=SIZE)
+        return blake2b(text + inline[0], digest_size=SIGNATURE_BYTES).digest()
+    digest = blake2b(text, digest_size=SIGNATURE_BYTES)
     for data in inline:
         if len(data) > _LONG:
             digest.update(data)

@@ -168,8 +168,8 @@ class _Run:
     def __init__(self, work: Work, options: LocalOptions) -> None:
         self.work, self.options, self.report = work, options, work.report
         self.first = options.windows.around(work.start_row).start
-        # Two windows, so that one fills while the other is in the model; what waits in between; and what the decode
-        # workers have, so that they go on meanwhile.
+        # Two windows, so that one fills while the other is in the model; what waits in between; and enough to
+        # keep the decode workers busy.
         ahead = 2 * options.windows.size + (READY_BATCHES + 1 + options.concurrency) * options.batch_size.samples
         reuse = Reuse(work.previous, work.task, work.source.slots) if work.previous is not None else None
         self.intake = Intake(
@@ -177,7 +177,7 @@ class _Run:
             work.decoder,
             work.report,
             self.first,
-            max_rows=ahead + (work.decoder.num_workers + 1) * 2 * self.options.block_rows,
+            max_rows=max(ahead, (work.decoder.num_workers + 1) * 2 * self.options.block_rows),
             block_rows=self.options.block_rows,
             reuse=reuse,
             want_signatures=work.want_signatures,

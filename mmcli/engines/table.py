@@ -72,7 +72,7 @@ class Layout:
         paths = [r.path for r in records]
         arrays = [
             pa.array([r.id for r in records], pa.string()),
-            pa.array(paths, pa.string()) if any(paths) else pa.nulls(len(paths), pa.string()),
+            pa.array(paths, pa.string()),
             modality,
             *columns,
             *(pa.array([r.keep[i] for r in records], f.type) for i, f in enumerate(self.keep)),

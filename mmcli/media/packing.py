@@ -1,4 +1,4 @@
-"""Small samples of a block as columns: for a worker's answer, which then has next to no objects to pickle."""
+"""Small samples of a block as columns: a worker's answer then has next to no objects to pickle."""
 
 from __future__ import annotations
 

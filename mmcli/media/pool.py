@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from mmcli.core.errors import MmcliError, ModelError, RowError
 from mmcli.core.protocols import ModelPlan
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Record
-from mmcli.core.signature import SIZE
+from mmcli.core.signature import SIGNATURE_BYTES
 from mmcli.media import transport
 from mmcli.media.packing import pack
 from mmcli.media.worker import Answer, BlockDecoder, Cell, Jobs
@@ -32,6 +34,8 @@ STARVED_S = 0.001
 # glibc returns freed memory above 128 KiB to the kernel, and every picture pays for fresh pages: with these a
 # 2000 x 1500 JPEG is decoded to an array in 16 ms instead of 36.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2)}
+# Some systems allow without end, and some libraries close all that there may be.
+MAX_OPEN_FILES = 65_536
 # Workers that die without having begun with an input, no answer in between: the machine is at fault.
 MAX_BARREN_DEATHS = 20
 
@@ -140,6 +144,7 @@ class DecodePool:
     ) -> None:
         self.num_workers, self._timeout_s = num_workers, timeout_s
         self.signs = False
+        _allow_open_files()
         self._workers: list[_Worker] = []
         self._again: deque[_Block] = deque()
         self._ready: deque[Decoded] = deque()
@@ -237,7 +242,8 @@ class DecodePool:
         worker.blocks.append(block)
         try:
             transport.send(worker.sock, Jobs.of(block.number, block.records, self.signs))
-        except OSError:
+        except OSError as error:
+            _check_resources(error)
             self._bury(worker)
 
     def _wait(self, timeout: float) -> None:
@@ -245,7 +251,8 @@ class DecodePool:
             worker: _Worker = key.data
             try:
                 self._accept(worker, transport.receive(worker.sock))
-            except (EOFError, OSError):
+            except (EOFError, OSError) as error:
+                _check_resources(error)
                 self._bury(worker)
         now = time.monotonic()
         for worker in self._workers:
@@ -265,7 +272,7 @@ class DecodePool:
         self._barren_deaths = 0
         if (signatures := answer.signatures) is not None:
             for i, record in enumerate(block.records):
-                record.signature = signatures[SIZE * i : SIZE * i + SIZE]
+                record.signature = signatures[SIGNATURE_BYTES * i : SIGNATURE_BYTES * (i + 1)]
         decoded = Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s, answer.cpu_s)
         self._ready.append(decoded)
 
@@ -275,6 +282,9 @@ class DecodePool:
             return
         self._workers.remove(worker)
         index, _ = worker.cell.read()
+        # Its status is waited for: one that has only closed its socket, or that we cannot talk to, has to end, too.
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)
         status = self._exit_status(worker.pid)
         self._release(worker)
         blocks = list(worker.blocks)
@@ -320,6 +330,24 @@ class DecodePool:
         self._selector.unregister(worker.sock)
         worker.sock.close()
         worker.cell.close()
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us have: Python keeps one for each mapping, that is each block that is waiting."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _check_resources(error: BaseException) -> None:
+    """Raise ModelError where this process has no room for what workers send: they are well."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise ModelError(
+            f"no room for more decoded inputs: {os.strerror(error.errno)}",
+            hint="raise the limit (ulimit -n 65536), or take a smaller --batch-size and --num-workers",
+        ) from error
 
 
 def _killed() -> ModelError:

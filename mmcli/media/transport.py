@@ -8,17 +8,21 @@ below its buffer, a send never blocks, so that supervisor and worker cannot wait
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import pickle
 import socket
 import struct
+import sys
 import tempfile
 from typing import Any
 
 INLINE_LIMIT = 16 * 1024
 _HEADER = struct.Struct("<IB")
 _ALIGN = 64
+# Where it can, Python keeps no descriptor of its own for each mapping.
+_UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 def send(sock: socket.socket, message: Any) -> None:
@@ -42,7 +46,7 @@ def send(sock: socket.socket, message: Any) -> None:
 
 
 def receive(sock: socket.socket) -> Any:
-    """The next message. Raises EOFError when the other side has closed, OSError when it was reset."""
+    """The next message. Raises EOFError when the other side has closed, OSError when it was reset, or no room."""
     header, descriptors, _, _ = socket.recv_fds(sock, _HEADER.size, 1)
     try:
         if len(header) < _HEADER.size:
@@ -52,6 +56,9 @@ def receive(sock: socket.socket) -> Any:
         if not shared:
             data, inline = pickle.loads(body)
             return pickle.loads(data, buffers=[bytearray(b) for b in inline])
+        if not descriptors:
+            # The kernel drops them without a word when this process has as many as it may.
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return _load(descriptors[0], struct.unpack(f"<{length // 8}Q", body))
     finally:
         for descriptor in descriptors:
@@ -92,7 +99,7 @@ def anonymous_file() -> int:
 
 def _load(descriptor: int, sizes: tuple[int, ...]) -> Any:
     # A private writable mapping: torch.from_numpy warns about read-only arrays.
-    mapped = memoryview(mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE))
+    mapped = memoryview(mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, **_UNTRACKED))
     views, offset = [], 0
     for size in sizes:
         views.append(mapped[offset : offset + size])

@@ -169,7 +169,10 @@ class BlockDecoder:
                 outcomes.append(tuple([self._timed((m,))[0] for m in media]))
         if cell is not None:
             cell.idle()
-        signatures = jobs.signatures(records)
+        signatures = None
+        # What fails here fails once more in the main process, where it can be told.
+        with contextlib.suppress(Exception):
+            signatures = jobs.signatures(records)
         return Answer(jobs.number, outcomes, self.decode_s, self.process_s, signatures=signatures)
 
     def _timed(self, media: Sequence[Media], variables: Sequence[Any] = ()) -> tuple[Outcome, ...]:

@@ -108,6 +108,9 @@ class Collator:
         moved = tensor.to(self.device, non_blocking=True)
         if name == "pixel_values" and moved.dtype == torch.uint8 and self._normalize is not None:
             moved = self._normalize(moved)
+        if moved.dtype == torch.int8:
+            # A mask of sound (see inputs.AudioProcessor).
+            moved = moved.long()
         # A number for each clip is a time, not an input of a layer (Qwen2.5-VL's second_per_grid_ts).
         return moved.to(self._dtype) if moved.is_floating_point() and moved.ndim > 1 else moved
 

@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmcli.core.errors import StateMismatch
+from mmcli.core.signature import SIGNATURE_BYTES
 from mmcli.sinks.parquet import damaged_part, write_table
 
 # Keys of a Parquet file's key-value metadata.
 JOB_KEY, ROWS_KEY, FINGERPRINT_KEY, ERRORS_KEY = b"mmcli", b"mmcli.rows", b"mmcli.fingerprint", b"mmcli.errors"
-SIGNATURE_BYTES = 16
 SIGNATURES = pa.schema([pa.field("signature", pa.binary(SIGNATURE_BYTES))])
 
 

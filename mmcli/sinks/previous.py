@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 
 from mmcli.core.durable import output_errors
 from mmcli.core.errors import MmcliError, OutputError, StateMismatch
+from mmcli.core.signature import SIGNATURE_BYTES
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.outputs import OutputInfo, RunSpec, decode_schema, read_run, without_inputs
 from mmcli.sinks.parquet import damaged_part, is_vector, open_parquet, parquet_writer
-from mmcli.sinks.parts import FINGERPRINT_KEY, SIGNATURE_BYTES, SIGNATURES, part_signatures, read_parts, to_bytes
+from mmcli.sinks.parts import FINGERPRINT_KEY, SIGNATURES, part_signatures, read_parts, to_bytes
 from mmcli.sinks.place import Place
 
 PREVIOUS_FOLDER = "previous"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import Decoder, ModelPlan
 from mmcli.core.records import DecodeOptions, Media, Record
 from mmcli.core.report import Report
+from mmcli.engines import batching
 from mmcli.engines.batching import BatchSize, WindowSizes, window_sizes
 from mmcli.engines.intake import BLOCK_ROWS
 from mmcli.engines.local import ErrorBudget as ErrorBudget
@@ -102,6 +104,19 @@ def decoder_of(model: ModelPlan, num_workers: int, timeout_s: float = 30.0) -> D
     return DecodePool(model, model.decode, num_workers, timeout_s)
 
 
+@contextmanager
+def patched(module: Any, **values: Any) -> Iterator[None]:
+    """Other constants for a while."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
 def run_engine(
     source: Any,
     output: Any,
@@ -118,29 +133,31 @@ def run_engine(
     model = model or plan()
     timeout_s = work.pop("timeout_s", 30.0)
     options = {n: work.pop(n) for n in ("time_limit_s", "budget") if n in work}
+    column_rows = work.pop("column_rows", 1)
     blocks = {"block_rows": work.pop("block_rows", None) or BLOCK_ROWS}
     size = BatchSize(batch_size, work.pop("tokens", None), work.pop("audio", None))
     report = work.pop("report", None) or Report()
-    run(
-        Work(
-            source=source,
-            decoder=decoder_of(model, workers, timeout_s),
-            plan=model,
-            task=Embed(D),
-            output=output,
-            report=report,
-            stop=work.pop("stop", None) or StopFlag(),
-            start_row=getattr(output, "committed", 0),
-            **work,
-        ),
-        LocalOptions(
-            batch_size=size,
-            windows=WindowSizes(window, first) if window else window_sizes(batch_size, lengths_vary=True),
-            # As many as the model says.
-            concurrency=9,
-            parts=parts or PartLimits(),
-            **blocks,
-            **options,
-        ),
-    )
+    with patched(batching, COLUMN_ROWS=column_rows):
+        run(
+            Work(
+                source=source,
+                decoder=decoder_of(model, workers, timeout_s),
+                plan=model,
+                task=work.pop("task", None) or Embed(D),
+                output=output,
+                report=report,
+                stop=work.pop("stop", None) or StopFlag(),
+                start_row=getattr(output, "committed", 0),
+                **work,
+            ),
+            LocalOptions(
+                batch_size=size,
+                windows=WindowSizes(window, first) if window else window_sizes(batch_size, lengths_vary=True),
+                # As many as the model says.
+                concurrency=9,
+                parts=parts or PartLimits(),
+                **blocks,
+                **options,
+            ),
+        )
     return report

@@ -38,6 +38,7 @@ from mmcli.core.errors import (
 )
 from mmcli.core.records import Record, Sample
 from mmcli.core.report import Report
+from mmcli.core.signature import signature
 from mmcli.engines.batching import Arrived, BatchSize
 from mmcli.engines.ceilings import RepeatedSource, formed_batches, measure_decoding
 from mmcli.engines.forward import Forward
@@ -124,7 +125,7 @@ def test_the_source_is_not_read_far_ahead_of_a_slow_output(window, workers):
     run_engine(source, output, batch_size=8, window=window, workers=workers, parts=PartLimits(rows=window))
     assert output.rows() == expected(texts(3000))
     # In front of the model, waiting for the writer, and one part being written.
-    in_flight = 2 * window + 12 * 8 + (workers + 1) * 128
+    in_flight = max(2 * window + 12 * 8, (workers + 1) * 128)
     assert output.ahead <= in_flight + 64 + 6 * window
 
 
@@ -197,6 +198,7 @@ def test_a_decoder_that_hangs_or_dies_costs_its_row():
     run_engine(ListSource(records), output, workers=2, timeout_s=2.0)
     codes = {i: code for i, (_, code, _) in enumerate(output.rows()) if code}
     assert codes == {3: "timeout", 20: "worker_crash", 30: "worker_crash", 31: "worker_crash"}
+    assert output.signatures == [signature(record) for record in records]
 
 
 def test_the_time_limit_commits_what_is_done():

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from engine_runs import (
     Collected,
@@ -28,6 +29,7 @@ from mmcli.core.records import Media, Record
 from mmcli.core.signature import signature
 from mmcli.engines.batching import Windows, WindowSizes, window_sizes
 from mmcli.models.fake import fake_vector
+from mmcli.tasks.embed import Embed
 
 TEXTS = st.sampled_from(["raise", "nan", "fail"]) | st.text("abcé ", min_size=1, max_size=60)
 BAD = RowError("bad_row", "no such column", stage="source")
@@ -124,6 +126,43 @@ def test_a_run_that_is_broken_off_at_any_commit_goes_on_where_it_was(inputs, kil
         else:
             assert report.done == output.committed - before
     assert output.rows() == expected_rows(slots, records)
+
+
+WORKING = st.builds("{}{}".format, st.sampled_from(["x", "yy", "zzzzzzzzzz"]), st.integers(0, 99)).map(
+    lambda t: (t,)
+)
+
+
+@given(
+    rows=st.lists(st.one_of(*[WORKING] * 8, st.just((BAD,)), TEXTS.map(lambda t: (t,))), min_size=20, max_size=120),
+    kills=st.lists(st.integers(0, 6), max_size=4),
+    window=st.sampled_from([16, 40]),
+    part_rows=st.sampled_from([1, 3, 7, 13]),
+    block_rows=st.sampled_from([2, 5, 30]),
+    column_rows=st.sampled_from([1, 30]),
+    dtype=st.sampled_from(["float32", "float16"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_windows_in_columns_may_hold_rows_that_fail_and_be_resumed_within(
+    rows, kills, window, part_rows, block_rows, column_rows, dtype
+):
+    """Most rows work, so that most windows are columns; parts end within them."""
+    records = [text_record(i, *texts) for i, texts in enumerate([("works",), *rows])]
+    output = Collected()
+    shape = {"window": window, "block_rows": block_rows, "column_rows": column_rows, "task": Embed(D, dtype)}
+    for kill in [*kills, None]:
+        output.fail_at = None if kill is None else len(output.tables) + kill
+        try:
+            run_engine(ListSource(records), output, parts=PartLimits(rows=part_rows), **shape)
+        except OSError:
+            assert kill is not None
+    assert output.rows() == expected_rows(1, records)
+    assert output.signatures == [signature(record) for record in records]
+    table = pa.concat_tables(output.tables)
+    assert table.column("modality").to_pylist() == [None if r.error else "text" for r in records]
+    assert table.column("error_stage").to_pylist() == [
+        {None: None, "bad_row": "source", "corrupt": "decode"}.get(code, "model") for _, code, _ in output.rows()
+    ]
 
 
 # -- modalities ------------------------------------------------------------------------------------------------

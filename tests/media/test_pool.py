@@ -14,6 +14,7 @@ from pool_plans import Misbehaving
 
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Media, Record, Sample
+from mmcli.core.signature import signature
 from mmcli.media.pool import DecodePool, InlineDecoder
 from mmcli.media.worker import Cell
 
@@ -46,6 +47,33 @@ def test_every_record_is_answered_with_its_own_sample():
         assert isinstance(outcome, Sample)
         assert outcome.length == int(text.split(":")[1])
         assert set(outcome.arrays["x"]) == {len(text)}
+
+
+def test_workers_compute_the_signatures_of_records():
+    """Of all that a signature is of, whatever the records beside them are."""
+    text, named = Media("text", text="t:3"), Media(None, text="t:4")
+    todo = [
+        Record(0, "a", None, (text,)),
+        Record(1, "b", None, (named,)),
+        Record(2, "c", "a/path.txt", (text,)),
+        Record(3, "d", None, (text,), keep=(3, "x")),
+        Record(4, "e", None, (text,), variables=("asked", np.arange(3, dtype=np.float32))),
+        Record(5, "lone \udce9", None, (Media("text", text="\udce9"),)),
+        Record(6, "f", None, (text, named)),
+    ]
+    wanted = [signature(record) for record in todo]
+    for size in (1, 2, 7):
+        plan = Misbehaving()
+        pool = DecodePool(plan, plan.decode, 1, 20.0)
+        pool.signs = True
+        blocks = [todo[i : i + size] for i in range(0, len(todo), size)]
+        for record in todo:
+            record.signature = None
+        try:
+            assert sum(len(decoded.records) for decoded in pool.run(iter(blocks), lambda: True)) == len(todo)
+        finally:
+            pool.close()
+        assert [record.signature for record in todo] == wanted
 
 
 def test_large_arrays_come_through_shared_memory_unharmed_and_writable():

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from source_helpers import STRUCT, codes, digest, ids, listed, write_files, write_parquet
 
 from mmcli.core.errors import ConfigError, StateMismatch
+from mmcli.sources import jsonl
 from mmcli.sources.open import SourceOptions, open_source
 
 
@@ -225,7 +226,10 @@ def test_empty_parquet(tmp_path: Path) -> None:
 # -- JSON Lines --------------------------------------------------------------------------------------------
 
 
-def test_jsonl_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_a_time", [1, 40, jsonl.CHUNK_BYTES])
+def test_jsonl_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    """However many lines are looked at together: line numbers, rows and values are the same."""
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", at_a_time)
     write_files(tmp_path, "a.jpg")
     lines = [
         '\ufeff{"image": "a.jpg", "n": 1, "x": {"b": [1, null]}}',
@@ -253,6 +257,34 @@ def test_jsonl_rows(tmp_path: Path) -> None:
     assert os.fsencode(records[-1].media[0].file).endswith(b"caf\xe9.jpg")
     assert records[-1].path.endswith(r"caf\xe9.jpg")
     assert snapshot.rows == 11
+    for start in range(12):
+        source = open_source(SourceOptions((f"{tmp_path}/m.jsonl",), keep=("x",)))
+        source.snapshot(tmp_path / f"again {start}")
+        assert list(map(repr, source.records(start))) == list(map(repr, records[start:]))
+
+
+def test_jsonl_digits_of_neighbours_are_no_long_number(tmp_path: Path) -> None:
+    """And a long one is not rounded, where all lines beside it could be read the short way."""
+    numbers = [1234567890, 12345678901234567890123, 1234567890, 987654321098765432109876]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"text": "a", "n": n}) for n in numbers))
+    _, records = listed(tmp_path, tmp_path / "m.jsonl", keep=("n",))
+    assert [r.keep[0] for r in records] == list(map(str, numbers))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 30, 4000])
+def test_jsonl_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", at_a_time)
+    lines = ["" if n % 7 == 3 else "broken" if n % 50 == 9 else json.dumps({"text": f"t{n}"}) for n in range(3000)]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    snapshot, records = listed(tmp_path, tmp_path / "m.jsonl", text_column="text")
+    there = [(n, line) for n, line in enumerate(lines) if line]
+    assert snapshot.rows == len(records) == len(there)
+    for record, (n, line) in zip(records, there, strict=True):
+        if line == "broken":
+            assert record.error is not None
+            assert record.error.message.startswith(f"line {n + 1} is not JSON")
+        else:
+            assert record.media[0].text == f"t{n}"
 
 
 def test_jsonl_passthrough_types(tmp_path: Path) -> None:
