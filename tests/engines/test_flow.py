@@ -484,6 +484,22 @@ def test_a_block_holds_many_short_texts_or_few_long_ones(letters, most):
     assert sum(sizes) == 600
 
 
+def test_decoding_keeps_the_first_rows_that_work_for_the_model():
+    records = [text_record(i, "raise" if i % 10 in (3, 4) else f"text {i}") for i in range(200)]
+    source, model = RepeatedSource(ListSource(records), rows=200), plan()
+    done = measure_decoding(source, InlineDecoder(model, model.decode), Report(), keep=50, block_rows=7)
+    assert done.rows == 200
+    assert done.errors == {"corrupt": 40}
+    kept = [
+        (record.row, *outcomes)
+        for block in done.kept
+        for record, outcomes in zip(block.records, block.outcomes, strict=True)
+    ]
+    good = [i for i in range(200) if i % 10 not in (3, 4)][:50]
+    assert [row for row, _ in kept] == good
+    assert all(sample.length == len(records[row].media[0].text) for row, sample in kept)
+
+
 def test_a_few_batches_that_are_measured_stand_for_all():
     """A run begins with the longest ones."""
     records = [text_record(i, "x") for i in range(512)]
@@ -494,6 +510,12 @@ def test_a_few_batches_that_are_measured_stand_for_all():
     lengths = [[sample.length for sample in batch.samples] for batch in formed]
     assert sorted(itertools.chain.from_iterable(lengths)) == list(range(1, 513))
     assert all(batch[0] - batch[-1] == 7 for batch in lengths)
+    # Five windows of 100 rows, and one of 12.
+    cut = formed_batches(blocks, Forward(FakeRunner(plan()), Report(), BatchSize(8)), window=100)
+    lengths_cut = [[sample.length for sample in batch.samples] for batch in cut]
+    assert sorted(itertools.chain.from_iterable(lengths_cut)) == list(range(1, 513))
+    assert sorted(map(len, lengths_cut)) == [4] * 6 + [8] * 61
+    assert all({(n - 1) // 100 for n in batch} == {(batch[0] - 1) // 100} for batch in lengths_cut)
     for start in range(0, 64, 16):
         few = list(itertools.chain.from_iterable(lengths[start : start + 16]))
         assert 170 < np.mean(few) < 340
