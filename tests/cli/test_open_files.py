@@ -11,17 +11,17 @@ import pytest
 from cli_runs import Ended, finished
 from PIL import Image
 
-COUNT = 150
+COUNT = 120
 
 
 def run(tmp_path: Path, soft: int, hard: int) -> Ended:
-    """Pictures that are a block each, far faster decoded than computed, with so many open files."""
+    """Pictures that are a block each, all of which wait for one batch, with so many open files."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.fromarray(np.zeros((900, 900, 3), np.uint8)).save(folder / "0.bmp")
     for number in range(1, COUNT):
         (folder / f"{number}.bmp").hardlink_to(folder / "0.bmp")
-    given = ("embed", folder, "-m", "fake:5000,ms=200", "--batch-size", 8, "--num-workers", 2)
+    given = ("embed", folder, "-m", "fake:5000", "--batch-size", 200, "--num-workers", 2)
     given += ("-o", tmp_path / "out.parquet")
     limits = (soft, hard)
     return finished(*given, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))

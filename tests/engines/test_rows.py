@@ -142,7 +142,7 @@ WORKING = st.builds("{}{}".format, st.sampled_from(["x", "yy", "zzzzzzzzzz"]), s
     column_rows=st.sampled_from([1, 30]),
     dtype=st.sampled_from(["float32", "float16"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_windows_in_columns_may_hold_rows_that_fail_and_be_resumed_within(
     rows, kills, window, part_rows, block_rows, column_rows, dtype
 ):
