@@ -33,6 +33,9 @@ def output_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EBADF and isinstance(error.__context__, KeyboardInterrupt):
+            # Its consequence: shutil.rmtree closes a descriptor twice when a signal comes right behind the first.
+            raise error.__context__ from None
         raise output_error(error, path) from error
 
 
