@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 from mmcli.core.errors import RowError
@@ -73,10 +72,10 @@ class Jobs:
         """Those of the records (mmcli.core.signature), one behind the other."""
         if self.described is None:
             return None
-        variables = self.variables or repeat(())
+        variables = self.variables or [()] * len(media)
         records = [
             Record(0, id, path, one, keep, values)
-            for (id, path, keep), one, values in zip(self.described, media, variables)  # noqa: B905 - one may be endless
+            for (id, path, keep), one, values in zip(self.described, media, variables, strict=True)
         ]
         return b"".join([signature(record) or b"" for record in records])
 

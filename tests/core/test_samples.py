@@ -136,6 +136,18 @@ def test_packed_outcomes_are_those_of_records_with_one_sample() -> None:
             same(found, wanted)
 
 
+def test_a_mask_of_bytes_is_one_of_integers_for_the_model() -> None:
+    """As models know it; until then it is an eighth of that."""
+    import torch
+
+    collator = Collator.__new__(Collator)
+    collator.device, collator._dtype, collator._normalize = torch.device("cpu"), torch.bfloat16, None
+    collator._fill, collator._moved_s = {}, 0.0
+    moved = collator.to_device(collator.collate([text(2, 5), text(3, 1)]))
+    assert moved["attention_mask"].dtype == torch.int64
+    assert moved["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
 def test_a_collator_makes_the_same_batch_of_both() -> None:
     import torch
 
