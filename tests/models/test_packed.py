@@ -52,7 +52,8 @@ def test_the_numbers_are_those_of_torch(shape: str, kind: str, dtype: torch.dtyp
     bias = 0 if model[0].bias is None else model[0].bias.double()
     wanted = inputs.double() @ weight.double().T + bias
     with torch.inference_mode():
-        assert pack(model) == 1
+        # Processors without AVX-512 know no bfloat16: the layer stays as it is, and right.
+        assert pack(model) == (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         found = model(inputs)
     assert found.dtype == dtype
     # bfloat16 has 8 bits.
