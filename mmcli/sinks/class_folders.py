@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from mmcli.core.durable import fsync_file, fsync_folder, output_error, read_json, write_json
+from mmcli.core.durable import fsync_file, fsync_folder, output_error, write_json
 from mmcli.core.errors import ConfigError, MmcliError, OutputError
 from mmcli.core.records import Record, mtime_ns
 from mmcli.sinks.class_names import LabelFolders, file_name, folder_name, shown
@@ -39,6 +39,7 @@ from mmcli.sinks.class_notes import (
     Notes,
     digest_of,
     notes_error,
+    read_owner,
     take,
 )
 from mmcli.sinks.outputs import finished_output
@@ -320,7 +321,7 @@ class _Placing:
             new.unlink()
             return
         fsync_file(new)
-        owner = read_json(notes / OWNER) or {}
+        owner = read_owner(Path(self._root)) or {}
         # Both, for the moment in which it is not known which of them is there.
         write_json(notes / OWNER, {**owner, "metadata": [d for d in (before, digest) if d]})
         os.replace(new, final)

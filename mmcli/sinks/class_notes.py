@@ -6,15 +6,17 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmcli.core.durable import make_folder, read_json, write_json
 from mmcli.core.errors import ConfigError, OutputError
+from mmcli.core.state import DamagedState, check_state
 from mmcli.sinks.class_names import Claims, shown
 from mmcli.sinks.outputs import RUN_FILE
 
@@ -56,16 +58,16 @@ def _problem(into: Into) -> str | None:
         return _unwritable(parent, into.copy)
     if not folder.is_dir():
         return "this is a file; give a folder that is new or empty"
-    owner = read_json(folder / NOTES / OWNER)
+    owner = read_owner(folder)
     others = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if owner is None and others:
         return f"there is something else in it already ({shown(others[0])}); give a folder that is new or empty"
     if owner is None and (folder / NOTES / RUN_FILE).exists():
         return "there are rows of an unfinished output in it; give a folder that is new or empty"
-    if owner is not None and others and owner.get("output") != _relative(into):
-        other = os.path.normpath(folder.resolve() / str(owner.get("output")))
+    if owner is not None and others and owner["output"] != _relative(into):
+        other = os.path.normpath(folder.resolve() / owner["output"])
         return f"its files are of another output, {shown(other)}; give another folder, or delete this one first"
-    if owner is not None and digest_of(folder / METADATA) not in (None, *owner.get("metadata", ())):
+    if owner is not None and digest_of(folder / METADATA) not in (None, *owner["metadata"]):
         return f"{METADATA} was changed since mmcli wrote it, and would be replaced; move it to another place first"
     return _unwritable(folder, into.copy)
 
@@ -99,9 +101,17 @@ def take(into: Into) -> None:
         raise ConfigError(f"{shown(into.folder)}: {problem}")
     make_folder(into.folder)
     make_folder(into.folder / NOTES)
-    owner = read_json(into.folder / NOTES / OWNER)
-    if owner is None or owner.get("output") != _relative(into):
+    owner = read_owner(into.folder)
+    if owner is None or owner["output"] != _relative(into):
         write_json(into.folder / NOTES / OWNER, {"output": _relative(into), "metadata": []})
+
+
+def read_owner(folder: Path) -> dict[str, Any] | None:
+    """Whose FOLDER is (`output`), and digests of the lists that mmcli wrote (`metadata`). None: it does not say."""
+    owner = read_json(folder / NOTES / OWNER)
+    with suppress(DamagedState):
+        return check_state(owner, {"output": str, "metadata": list}, OWNER, "")
+    return None
 
 
 def digest_of(path: Path) -> str | None:

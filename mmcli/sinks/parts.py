@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from mmcli.core.errors import StateMismatch
 from mmcli.core.signature import SIGNATURE_BYTES
+from mmcli.core.state import DamagedState, check_state
 from mmcli.sinks.parquet import damaged_part, write_table
 
 # Keys of a Parquet file's key-value metadata.
@@ -68,8 +69,10 @@ def read_part(path: Path) -> Part:
     keys = footer.metadata or {}
     try:
         start, stop = (int(n) for n in keys[ROWS_KEY].split(b":"))
-        part = Part(path, start, stop, keys[FINGERPRINT_KEY].decode(), json.loads(keys[ERRORS_KEY]))
-    except (KeyError, ValueError) as error:
+        errors = json.loads(keys[ERRORS_KEY])
+        check_state(errors, dict.fromkeys(errors, int), "errors", "")
+        part = Part(path, start, stop, keys[FINGERPRINT_KEY].decode(), errors)
+    except (KeyError, ValueError, TypeError, DamagedState) as error:
         raise StateMismatch(
             f"{path} was not written by mmcli: it does not say which rows it holds",
             hint="move it away, or add --overwrite to start anew",

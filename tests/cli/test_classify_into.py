@@ -262,6 +262,15 @@ def test_folders_that_are_taken(cli: Cli, command: list[object], texts: Path, fo
     assert os.listdir(other) == ["cv.pdf"]
 
 
+@pytest.mark.parametrize("owner", ["{", "[]", '{"output": 3, "metadata": []}', '{"output": "../o.parquet"}'])
+def test_a_folder_that_no_longer_says_whose_it_is(
+    cli: Cli, command: list[object], folder: Path, owner: str
+) -> None:
+    assert cli(*command).code == 0
+    (folder / ".mmcli/owner.json").write_text(owner)
+    refused(cli(*command), f"--into {folder}: there is something else in it already")
+
+
 def test_all_problems_together(cli: Cli, texts: Path, tmp_path: Path) -> None:
     done = cli("classify", texts, "-m", "fake:8", "--into", texts, "--link", "--copy", "--top-k", "0")
     refused(done, "--link and --copy", "it is the input", "add e.g. -o labels.parquet", "--top-k")

@@ -18,7 +18,7 @@ from sink_rows import OUTPUTS, SCHEMA, D, expected, leftovers, read_rows, signat
 from mmcli.core.errors import ConfigError, MmcliError, OutputError, StateMismatch
 from mmcli.sinks.commit import Staging
 from mmcli.sinks.outputs import read_output
-from mmcli.sinks.parts import FINGERPRINT_KEY, JOB_KEY
+from mmcli.sinks.parts import ERRORS_KEY, FINGERPRINT_KEY, JOB_KEY
 from mmcli.sinks.place import Place
 from mmcli.sinks.rows import known_rows
 
@@ -194,7 +194,7 @@ def test_a_changed_jsonl_output_is_not_trusted(tmp_path: Path) -> None:
         write(out, spec("jsonl"), [4])
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "no_metadata", "rows"])
+@pytest.mark.parametrize("damage", ["empty", "half", "no_metadata", "rows", "errors"])
 def test_a_damaged_part_is_named(target: Target, damage: str) -> None:
     out, format_name = target
     write(out, spec(format_name), [4, 12], finalise=False)
@@ -206,6 +206,10 @@ def test_a_damaged_part_is_named(target: Target, damage: str) -> None:
         part.write_bytes(content[: len(content) // 2])
     elif damage == "no_metadata":
         pq.write_table(table(4, 12), part)
+    elif damage == "errors":
+        rows = pq.read_table(part)
+        said = {**rows.schema.metadata, ERRORS_KEY: '{"corrupt": "one"}'}
+        pq.write_table(rows.replace_schema_metadata(said), part)
     else:
         part.write_bytes(content.replace(b"4:12", b"4:13"))
         # The Arrow schema in the footer repeats the metadata in base64; the plain copy counts.
