@@ -123,6 +123,7 @@ def write_wav(path: Path, parts: list[np.ndarray]) -> None:
         file.writeframes(np.concatenate(parts).astype("<i2").tobytes())
 
 
+@pytest.mark.slow
 def test_whisper_names_the_sample_sounds(sample_data: Path, sounds: tuple[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(sample_data / "sounds", tmp_path / "sounds")
     wanted = truth(sample_data)

@@ -50,6 +50,7 @@ def test_digits_start_from_their_configuration(sample_data: Path, sounds: Path, 
     assert {json.loads(line)["label"] for line in classified.read_text().splitlines()} <= {"0", "1"}
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_who_reads(sample_data: Path, sounds: Path, tmp_path: Path) -> None:
     """SpecAugment draws alike, whether rows are read in the same process or in another."""
     made = []

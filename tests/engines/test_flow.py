@@ -25,6 +25,7 @@ from engine_runs import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rare import rarely
 
 from mmcli.core.errors import (
     ErrorBudgetExceeded,
@@ -117,8 +118,7 @@ class SlowOutput(Collected):
         super().commit(table, start_row, signatures)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("window", [8, 32])
+@pytest.mark.parametrize(("window", "workers"), [(8, 2), (32, 0), *rarely([(8, 0), (32, 2)])])
 def test_the_source_is_not_read_far_ahead_of_a_slow_output(window, workers):
     source = ListSource(texts(3000))
     output = SlowOutput(source, 0.01)

@@ -69,7 +69,7 @@ SHAPES = {
 
 
 @given(inputs=record_lists(), **SHAPES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_rows, oom, both, tokens, block_rows):
     slots, records = inputs
     output = Collected()
@@ -89,7 +89,7 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_ro
 
 
 @given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_decode_processes_change_nothing(
     inputs, workers, seed, batch_size, window, first, part_rows, oom, both, tokens, block_rows
 ):

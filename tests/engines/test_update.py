@@ -111,7 +111,7 @@ def files_of(out: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.jsonl", "parts/", "arrays/"])
 @given(rounds=st.lists(st.tuples(st.lists(STEP, max_size=8), st.booleans()), min_size=2, max_size=4))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_an_update_is_a_full_run(name: str, rounds: list) -> None:
     formats = ["--format", "npy"] if name == "arrays/" else []
     with tempfile.TemporaryDirectory() as scratch:

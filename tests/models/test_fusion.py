@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from model_runs import DEVICE, outputs_of
+from rare import rarely
 from safetensors.torch import load_file, save_file
 from test_encoders import clips, pictures, sounds
 from tiny_dual import edit_json
@@ -204,7 +206,14 @@ def square_records(modality: str, other: str) -> list[dict[Modality, Payload]]:
     ]
 
 
-ENCODERS = [(modality, name) for modality, named in BUILDERS.items() for name in named]
+# A kind of each that the others are made of: what encoders give is compared one by one in test_encoders.
+OFTEN = {
+    "bert", "deberta-v2", "clip", "vit", "resnet", "swin", "efficientnet", "hubert-layer", "wav2vec2-group",
+    "audio-spectrogram-transformer", "timesformer", "vivit",
+}  # fmt: skip
+ENCODERS = rarely(
+    [(modality, name) for modality, named in BUILDERS.items() for name in named], lambda one: one[1] in OFTEN
+)
 
 
 @pytest.mark.parametrize(("modality", "name"), ENCODERS, ids=lambda one: str(one))
@@ -253,6 +262,9 @@ def test_distributed_training_bears_batches_without_a_modality(tmp_path: Path) -
             # It raises in the next pass for a parameter whose gradient did not come.
             wrapped(inputs, present, torch.zeros(len(rows), dtype=torch.int64)).loss.backward()
     finally:
+        # The last to hold the group would wait, with the interpreter's lock, for threads that need it.
+        wrapped = None
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_encoders
 import torch
 from model_runs import plan_of
+from rare import rarely
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -104,7 +105,7 @@ def test_the_limit_of_a_group_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert packed._memory() >= everything
 
 
-@pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
+@pytest.mark.parametrize("isa", ["AVX2", *rarely(["SSE41"])])
 def test_processors_that_do_not_know_bfloat16(isa: str) -> None:
     """What cannot be packed there is computed as it is."""
     script = """

@@ -21,6 +21,7 @@ import torch
 import transformers as hf
 from model_runs import DEVICE, outputs_of
 from PIL import Image
+from rare import rarely
 from safetensors.torch import load_file, save_file
 from tiny_dual import edit_json
 from tiny_vqa import ANSWERS, FEATURES
@@ -315,7 +316,8 @@ def wording(name: str, question: str) -> str:
     return f"Question: {question} Answer:" if name.startswith("blip_2") else question
 
 
-@pytest.mark.parametrize("name", tiny_vqa.WRITING)
+# The others are captioners, too: see test_captioners.
+@pytest.mark.parametrize("name", rarely(tiny_vqa.WRITING, {"blip_vqa", "instructblip", "git"}.__contains__))
 def test_greedy(tiny: Callable[[str], Path], name: str) -> None:
     reference = Reference(tiny(name), name)
     wanted = [reference.written(picture, wording(name, QUESTIONS[question])) for picture, question in ROWS]

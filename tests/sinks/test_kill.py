@@ -62,8 +62,8 @@ def fresh_folder(folder: Path) -> Path:
 CUTS = [5, 12, 13]
 # The commit protocol is one for every format; npy has the most files, and takes 75 s here.
 KINDS = [pytest.param(one, marks=pytest.mark.slow) if one[1] == "npy" else one for one in OUTPUTS]
-# Each kind of output is killed at other points, a third of them; the long tests take them all.
-STRIDES = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+# Each kind of output is killed at other points, a fifth of them; the long tests take them all.
+STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 
 
 def first_point(out: str, stride: int) -> int:
@@ -142,7 +142,7 @@ def check_signatures(out: str, format_name: str, rows: int) -> None:
     assert found == [None if is_error(row) else signature_of(row) for row in range(rows)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     output=st.sampled_from(OUTPUTS),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),

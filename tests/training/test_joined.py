@@ -17,6 +17,7 @@ import tiny_encoders
 import torch
 import transformers as hf
 from PIL import Image
+from rare import rarely
 from safetensors.torch import load_file
 from test_contrastive import COLOURS, clip_pairs, pair_rows
 from test_encoders import clips, pictures, sounds
@@ -344,7 +345,7 @@ def test_checkpointing_changes_no_weight(tmp_path: Path, text: str) -> None:
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
-@pytest.mark.parametrize("text", ["bert", "distilbert"])
+@pytest.mark.parametrize("text", ["bert", *rarely(["distilbert"])])
 def test_kept_adapters_are_the_merged_model(tmp_path: Path, text: str) -> None:
     """Their base are two checkpoints: peft's file, and what tells where both are."""
     folders = encoders(tmp_path, image="vit", text=text)
@@ -411,6 +412,7 @@ def colour_rows(folder: Path, count: int, seed: int) -> list[Row]:
     ]
 
 
+@pytest.mark.slow
 def test_pictures_and_texts_from_the_command_line(tmp_path: Path) -> None:
     """It learns four colours in seconds; embed, classify and a further run take what it writes."""
     folders = encoders(tmp_path, image="vit", text="bert")

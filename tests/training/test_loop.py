@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 import tiny_encoders
 import torch
+from rare import rarely
 from safetensors.torch import load_file
 from training_runs import image_files, image_rows, objective_of, sound_rows, still, text_rows, trainer_of
 
+from mmcli.cli.boundary import run as mmcli
 from mmcli.core.errors import ConfigError, ExitCode, ModelError, Stopped
 from mmcli.core.records import Audio
 from mmcli.training.augment import AUGMENTS, crop, flip, noise
@@ -176,14 +178,15 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, pictures: tuple[Path, Pa
     """SIGKILL at random moments of a real run, workers and all; the same command goes on each time."""
     base, images = pictures
     run, whole = tmp_path / "run", tmp_path / "whole"
-    common = [sys.executable, "-m", "mmcli", "finetune", str(images), "--val", str(images), "-m", str(base),
+    common = ["finetune", str(images), "--val", str(images), "-m", str(base),
               "--epochs", "4", "--batch-size", "5", "--learning-rate", "2e-3", "--augment", "crop",
               "--eval-steps", "5", "--num-workers", "1", "--no-preflight",
               "--checkpoint-time", "0.05s"]  # fmt: skip
-    subprocess.run([*common, "-o", str(whole)], check=True, capture_output=True, timeout=120)
+    assert mmcli([*common, "-o", str(whole)]) == 0
     generator, kills = random.Random(1), 0
     for _ in range(times):
-        process = subprocess.Popen([*common, "-o", str(run)], stderr=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-m", "mmcli", *common, "-o", str(run)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 60
         while not (run / "checkpoint").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -191,7 +194,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, pictures: tuple[Path, Pa
         kills += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run([*common, "-o", str(run)], check=True, capture_output=True, timeout=120)
+    assert mmcli([*common, "-o", str(run)]) == 0
     assert kills
     assert_same_weights(run / "last", whole / "last")
     assert_same_weights(run / "best", whole / "best")
@@ -316,7 +319,7 @@ def test_frozen_parts_stay(tmp_path: Path, pictures: tuple[Path, Path]) -> None:
         freeze(model, ["text"])
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "wav2vec2-layer", "convnext"])
+@pytest.mark.parametrize("kind", ["bert", "convnext", *rarely(["vit", "wav2vec2-layer"])])
 def test_merged_differences_of_low_rank_equal_those_beside(tmp_path: Path, kind: str) -> None:
     """After some steps, and nothing but the differences and the head has changed."""
     base = BUILDERS[kind](tmp_path / "base")

@@ -48,6 +48,7 @@ def test_tokens_are_those_of_whispers_notation(tmp_path: Path, whisper: Path) ->
         assert tokenizer.decode(found, decode_with_timestamps=True) == f"{text}<|endoftext|>"
 
 
+@pytest.mark.slow
 def test_segments_go_out_and_come_back(tmp_path: Path, whisper: Path) -> None:
     """What `mmcli caption` wrote is learned as it is; words are measured, not times."""
     rows = [{"audio": row.media[0].file} for row in sound_rows(tmp_path / "sounds", 3)]
