@@ -34,7 +34,10 @@ def test_bfloat16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatc
         said = advise("model", SLOW_DECODING) or ""
         assert ("--dtype bfloat16" in said) == known
         assert "a GPU" in said
-    assert "--dtype" not in (advise("model", replace(SLOW_DECODING, dtype="bfloat16")) or "")
+        short = advise("model", replace(SLOW_DECODING, dtype="bfloat16")) or ""
+        assert ("--dtype float32" in short) != known
+        assert "--dtype bfloat16" not in short
+    assert "--dtype" not in (advise("model", replace(SLOW_DECODING, dtype="bfloat16", device="cuda:0")) or "")
     on_gpu = advise("model", replace(SLOW_DECODING, device="cuda:0")) or ""
     assert "--dtype bfloat16" in on_gpu
     assert "a GPU" not in on_gpu.replace("a GPU computes", "")
