@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,8 @@ from mmcli.cli.boundary import say
 from mmcli.core.errors import ExitCode, Stopped
 
 CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+# A signal that comes while torch is imported comes again so much later.
+AGAIN_S = 0.1
 
 
 class Signals:
@@ -57,6 +60,11 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         code = CODES[signal.Signals(number)]
+        if _in_torch(frame):
+            later = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+            return
         if self._asked is not None:
             os._exit(code)
         self._asked = code
@@ -65,6 +73,15 @@ class Signals:
         self._ask_engine(code)
         if code == ExitCode.INTERRUPTED:
             say("\nmmcli: stopping; what is done is being kept. Ctrl-C again exits at once")
+
+
+def _in_torch(frame: FrameType | None) -> bool:
+    """Whether torch is being imported: its C++ calls Python there, and an exception ends the process (abort)."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def stopped(code: ExitCode) -> Stopped:
