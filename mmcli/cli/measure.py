@@ -43,6 +43,7 @@ from mmcli.cli.run import (
     list_inputs,
     open_decoder,
     open_nursery,
+    reads_texts,
     sized,
     windows_of,
 )
@@ -53,8 +54,10 @@ from mmcli.core.report import Report
 
 if TYPE_CHECKING:
     from mmcli.engines.batching import BatchSize
-    from mmcli.engines.ceilings import Ceilings, Decoding, Rate
+    from mmcli.engines.ceilings import Ceilings, Decoding, Rate, RepeatedSource
     from mmcli.engines.local import LocalOptions
+
+    Repeat = type[RepeatedSource]
 
 TASKS = ("embed", "caption", "ask", "classify")
 # A run that reaches less than this of its ceiling has another limit, too.
@@ -197,13 +200,14 @@ class _Bench:
             # By the clock it is a part of a long job.
             limits = replace(prepared.limits, concurrency=concurrency_of(bounds.rows, batch_size))
             prepared = replace(prepared, limits=limits)
-            decoding = self._decode(prepared, snapshot, bounds, windows.size)
+            repeat = _repeat(prepared, snapshot)
+            decoding = self._decode(prepared, snapshot, bounds, windows.size, repeat)
         runner = self._load(prepared)
         options = LocalOptions(size, windows, limits.concurrency or 1)
         model = self._forward(runner, decoding, options, bounds)
         greedy = device_of(runner) == "cpu" and decoding.report.num_workers >= report.cores
         ceilings = Ceilings(decoding.rate, model, report.cores, greedy)
-        ran, whole = self._whole(prepared, runner, bounds, ceilings, windows.size)
+        ran, whole = self._whole(prepared, runner, bounds, ceilings, windows.size, repeat)
         setting = Setting.of(ran, arguments, prepared.planned.plan)
         return Measured(setting, decoding, ceilings, options, whole, ran, load)
 
@@ -247,12 +251,14 @@ class _Bench:
                 return ClassifyPlanner(arguments, labels, FewShotArguments(), EndpointArguments())
         return EmbedPlanner(arguments, EmbeddingArguments())
 
-    def _decode(self, prepared: Prepared, snapshot: Snapshot, bounds: Bounds, window: int) -> Decoding:
-        from mmcli.engines.ceilings import KEPT_WINDOWS, RepeatedSource, measure_decoding
+    def _decode(
+        self, prepared: Prepared, snapshot: Snapshot, bounds: Bounds, window: int, repeat: Repeat
+    ) -> Decoding:
+        from mmcli.engines.ceilings import KEPT_WINDOWS, measure_decoding
         from mmcli.engines.local import tuned
 
         self.messages.note(f"decoding alone: {_extent(bounds)}")
-        source = RepeatedSource(prepared.source, bounds.rows, None if bounds.rows else bounds.seconds)
+        source = repeat(prepared.source, bounds.rows, None if bounds.rows else bounds.seconds)
         decoder = open_decoder(prepared, snapshot)
         with tuned():
             rows = block_rows_of(snapshot, prepared)
@@ -279,18 +285,18 @@ class _Bench:
                 together.close()
 
     def _whole(
-        self, prepared: Prepared, runner: Runner, bounds: Bounds, ceilings: Ceilings, window: int
+        self, prepared: Prepared, runner: Runner, bounds: Bounds, ceilings: Ceilings, window: int, repeat: Repeat
     ) -> tuple[Report, Rate]:
         """A whole run, and its rate from the first input on that is decoded until the file has its name."""
         from mmcli.cli.outputs import run_to_output
-        from mmcli.engines.ceilings import Rate, RepeatedSource
+        from mmcli.engines.ceilings import Rate
 
         # Two windows at least: with one alone, nothing overlaps.
         rows = bounds.rows or window * max(2, math.ceil(ceilings.highest * bounds.seconds / window))
         self.messages.note(f"a whole run: {rows:,} rows, about {rows / ceilings.highest:.0f} s")
         report, used = Report(cores=prepared.report.cores), time.process_time()
         planned = replace(prepared.planned, ready=lambda _: _as_plan(LoadedPlan(runner)), keeps=False)
-        source = RepeatedSource(prepared.source, rows)
+        source = repeat(prepared.source, rows)
         messages = Messages(quiet=True)
         run_to_output(
             replace(prepared, source=source, planned=planned, messages=messages, report=report, nursery=None)
@@ -302,6 +308,14 @@ class _Bench:
 def _as_plan(loaded: LoadedPlan) -> ModelPlan:
     # The engine loads it, and asks nothing else.
     return cast(ModelPlan, loaded)
+
+
+def _repeat(prepared: Prepared, snapshot: Snapshot) -> Repeat:
+    """How its rows are read over and over: as a run reads them."""
+    from mmcli.engines.ceilings import RepeatedSource, RepeatedTexts
+
+    together = hasattr(prepared.source, "blocks") and reads_texts(snapshot, prepared)
+    return RepeatedTexts if together else RepeatedSource
 
 
 def _extent(bounds: Bounds) -> str:

@@ -279,7 +279,7 @@ def windows_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> Windo
     there = {m for m, count in snapshot.modalities.items() if count}
     asked = prepared.planned.task.name == "ask"
     fixed = there <= {"image"} and not prepared.variables
-    texts = _reads_texts(snapshot, prepared)
+    texts = reads_texts(snapshot, prepared)
     return window_sizes(batch_size, lengths_vary=not fixed or asked, texts=texts)
 
 
@@ -287,10 +287,10 @@ def block_rows_of(snapshot: Snapshot, prepared: Prepared) -> int:
     """Rows that a decode worker is given at a time."""
     from mmcli.engines.intake import BLOCK_ROWS, TEXT_BLOCK_ROWS
 
-    return TEXT_BLOCK_ROWS if _reads_texts(snapshot, prepared) else BLOCK_ROWS
+    return TEXT_BLOCK_ROWS if reads_texts(snapshot, prepared) else BLOCK_ROWS
 
 
-def _reads_texts(snapshot: Snapshot, prepared: Prepared) -> bool:
+def reads_texts(snapshot: Snapshot, prepared: Prepared) -> bool:
     """Whether all inputs are texts. Where a model writes, a row takes long, and its prompt is not what takes it."""
     there = {m for m, count in snapshot.modalities.items() if count}
     return there == {"text"} and prepared.planned.task.name in READING

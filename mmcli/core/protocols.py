@@ -18,6 +18,8 @@ class Source(Protocol):
 
     slots      names of the media of each record: ("",) for one medium, else e.g. ("image", "text")
     keep       schema of the passthrough columns
+
+    It may have `blocks(start) -> Iterator[Sequence[Record]]`: what `records` gives, some at a time, not empty.
     """
 
     slots: tuple[str, ...]
@@ -81,7 +83,7 @@ class Decoder(Protocol):
 
     num_workers: int
 
-    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+    def run(self, blocks: Iterator[Sequence[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
         """Decode `blocks`, yielding answers as they come, in any order; reads none while `may_read` is false.
 
         An empty block says that there is nothing to decode at the moment: it is asked again soon. An answer

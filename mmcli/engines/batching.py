@@ -15,6 +15,7 @@ from mmcli.core.extensions import guess_modality
 from mmcli.core.protocols import Task
 from mmcli.core.records import Modality, Record, Result, Sample
 from mmcli.core.samples import Packed, Samples
+from mmcli.core.texts import joined
 
 # Rows of one length-bucketing window, in batches: what waits in memory, and until it can be committed, stays small.
 WINDOW_BATCHES = 8
@@ -116,7 +117,7 @@ class Window:
     @classmethod
     def of(cls, blocks: Sequence[Arrived]) -> tuple[Window, Batch]:
         """The window, and the samples to compute: of rows whose media are all there."""
-        records = [record for block in blocks for record in block.records]
+        records = joined([block.records for block in blocks]) if blocks else []
         nbytes = sum([block.nbytes for block in blocks])
         packed = [block.outcomes.samples for block in blocks if isinstance(block.outcomes, Packed)]
         others = [row for block in blocks if not isinstance(block.outcomes, Packed) for row in block.outcomes]
@@ -220,10 +221,10 @@ class Window:
         """Rows from that position on that could not be read: by position behind it, their modality and why."""
         there = (self.modality,)
         found = {}
-        for i, (record, known) in enumerate(zip(self.records[first:], self.known[first:], strict=True)):
+        for i, known in enumerate(self.known[first:]):
             if known != there and isinstance(known, tuple):
                 error = next(one for one in known if isinstance(one, RowError))
-                found[i] = _modality(record, known), error
+                found[i] = _modality(self.records[first + i], known), error
         return found
 
     def _by_row(self) -> tuple[list[Any], list[list[Any]]]:

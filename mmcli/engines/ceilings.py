@@ -15,9 +15,10 @@ from mmcli.core.protocols import Decoder, Runner, Snapshot, Source
 from mmcli.core.records import Record, Result
 from mmcli.core.report import Report
 from mmcli.core.samples import Packed
+from mmcli.core.texts import blocks_of, numbered
 from mmcli.engines.batching import WINDOW_BYTES, Arrived, Batch, Window, batches
 from mmcli.engines.forward import Collated, Forward, Launched
-from mmcli.engines.intake import BLOCK_ROWS, Intake
+from mmcli.engines.intake import BLOCK_ROWS, TEXT_BLOCK_ROWS, Intake
 from mmcli.engines.local import LocalOptions
 
 # Batches that are made ready, before the clock runs, and computed one behind the other.
@@ -28,6 +29,8 @@ WARM_UP = 0.25
 KEPT_WINDOWS = 4
 # So many records, which hold their bytes where these are inline, are read once.
 FEW = 256
+# And of texts so many blocks less one.
+FEW_BLOCKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,34 @@ class RepeatedSource:
             yield record
         while True:
             yield from few if len(few) <= FEW else self._source.records()
+
+
+class RepeatedTexts(RepeatedSource):
+    """As RepeatedSource, of texts that come some at a time: as a run gets them."""
+
+    def blocks(self, start: int = 0) -> Iterator[Sequence[Record]]:
+        """As `records`; few at a time, so that the clock is looked at often."""
+        end = None if self._seconds is None else time.perf_counter() + self._seconds
+        row = 0
+        for block in self._endless_blocks():
+            for at in range(0, len(block), TEXT_BLOCK_ROWS):
+                rest = TEXT_BLOCK_ROWS if self._rows is None else min(TEXT_BLOCK_ROWS, self._rows - row)
+                if rest <= 0 or (end is not None and time.perf_counter() >= end):
+                    return
+                here = numbered(block[at : at + rest], row)
+                row += len(here)
+                if row > start:
+                    yield here[max(0, start - here[0].row) :]
+
+    def _endless_blocks(self) -> Iterator[Sequence[Record]]:
+        """The first ones are kept where they are all."""
+        first: list[Sequence[Record]] = []
+        for block in blocks_of(self._source):
+            if len(first) < FEW_BLOCKS:
+                first.append(block)
+            yield block
+        while True:
+            yield from first if len(first) < FEW_BLOCKS else blocks_of(self._source)
 
 
 @dataclass(slots=True)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import TypeVar
 
 from mmcli.core.protocols import Decoder, Previous, Source, Task
 from mmcli.core.records import Record, Result
 from mmcli.core.report import Report
 from mmcli.core.signature import signature
+from mmcli.core.texts import TextRecords
 from mmcli.engines.batching import WINDOW_BYTES, Arrived, Outcomes
 
 # A block is what one worker is given at a time: at most this many records or encoded bytes. 64 tiny
@@ -28,6 +30,8 @@ LOOKUP_ROWS = 1024
 MAX_BYTES = 2 * WINDOW_BYTES
 # How long a live source may keep the decode workers from being looked after.
 LIVE_POLL_S = 0.02
+
+T = TypeVar("T")
 
 # A row that needs no decoding, and what it is.
 _Ready = tuple[Record, Outcomes]
@@ -102,7 +106,7 @@ class Intake:
                 if decoded.records:
                     self._report.decoded(decoded.decode_s, decoded.process_s, decoded.cpu_s)
                     if self._sign:
-                        _sign([r for r in decoded.records if r.signature is None])
+                        _sign(decoded.records)
                     self._arrive(Arrived.of(decoded.records, decoded.outcomes))
             self._arrived.put(None)
         except BaseException as failure:  # noqa: BLE001 - raised where the rows are waited for
@@ -119,7 +123,7 @@ class Intake:
         # Rows are handed on in order: all that a window lacks is on its way when this becomes false.
         return (self._rows < self._max_rows and self._bytes < MAX_BYTES) or self._closing.is_set()
 
-    def _blocks(self) -> Iterator[list[Record]]:
+    def _blocks(self) -> Iterator[Sequence[Record]]:
         """Records to decode, in blocks; rows that need no decoding arrive at once. Empty: none for now."""
         for chunk in self._chunks():
             if self._closing.is_set():
@@ -134,27 +138,41 @@ class Intake:
                     self._arrive(Arrived.of([record for record, _ in direct], [outcomes for _, outcomes in direct]))
                 yield block
 
-    def _chunks(self) -> Iterator[list[Record]]:
-        records = self._source.records(self._first)
+    def _chunks(self) -> Iterator[Sequence[Record]]:
         if self._live:
-            yield from _live_chunks(records)
+            yield from _live_chunks(self._source.records(self._first))
             return
-        while True:
-            # Asked each time: how many rows come may turn out as they do (see ceilings.measure_decoding).
-            size = LOOKUP_ROWS if self._reuse is not None else self._block_rows()
-            with self._report.timed("read"):
-                chunk = list(islice(records, size))
-            if not chunk:
-                return
-            yield chunk
+        if not hasattr(self._source, "blocks"):
+            records = self._source.records(self._first)
+            while chunk := self._read(lambda: list(islice(records, self._chunk_rows()))):
+                yield chunk
+            return
+        blocks = self._source.blocks(self._first)
+        while (block := self._read(lambda: next(blocks, None))) is not None:
+            while block:
+                size = self._chunk_rows()
+                chunk, block = block[:size], block[size:]
+                yield chunk
+
+    def _read(self, read: Callable[[], T]) -> T:
+        with self._report.timed("read"):
+            return read()
+
+    def _chunk_rows(self) -> int:
+        # Asked each time: how many rows come may turn out as they do (see ceilings.measure_decoding).
+        return LOOKUP_ROWS if self._reuse is not None else self._block_rows()
 
     def _block_rows(self) -> int:
         # Small inputs: spread them over the workers rather than give all to the first.
         share = (self._report.rows_total or BLOCK_ROWS * 64) // (4 * max(1, self._decoder.num_workers))
         return max(1, min(self._most, share))
 
-    def _look_up(self, chunk: list[Record]) -> tuple[list[_Ready], list[Record]]:
+    def _look_up(self, chunk: Sequence[Record]) -> tuple[list[_Ready], Sequence[Record]]:
         """Rows that need no decoding, and the others."""
+        if isinstance(chunk, TextRecords):
+            if self._reuse is None:
+                return [], chunk
+            chunk = list(chunk)
         if self._sign_first:
             _sign(chunk)
         ready: list[_Ready] = [(r, (r.error,)) for r in chunk if r.error is not None]
@@ -187,10 +205,12 @@ class Reuse:
 
 
 def _split(
-    ready: list[_Ready], wanted: list[Record], block_rows: int
-) -> Iterator[tuple[list[_Ready], list[Record]]]:
+    ready: list[_Ready], wanted: Sequence[Record], block_rows: int
+) -> Iterator[tuple[list[_Ready], Sequence[Record]]]:
     """Consecutive rows, cut so that none is handed on before the rows in front of it. At least one piece."""
-    if not ready and len(wanted) <= block_rows and sum(map(_encoded_bytes, wanted)) <= BLOCK_BYTES:
+    texts = wanted.texts if isinstance(wanted, TextRecords) else None
+    nbytes = sum(map(_encoded_bytes, wanted)) if texts is None else sum(map(len, texts))
+    if not ready and len(wanted) <= block_rows and nbytes <= BLOCK_BYTES:
         yield ready, wanted
         return
     ready = sorted(ready, key=lambda row: row[0].row, reverse=True)
@@ -213,7 +233,7 @@ def _pop_before(ready: list[_Ready], row: int) -> list[_Ready]:
     return direct
 
 
-def _live_chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+def _live_chunks(records: Iterator[Record]) -> Iterator[Sequence[Record]]:
     """What has come so far, as soon as it comes; empty when nothing has come for a while.
 
     Reading waits in a thread of its own, which ends with its source or with the process.
@@ -249,8 +269,13 @@ def _live_chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _sign(records: Sequence[Record]) -> None:
+    """Where that was not done before."""
+    if isinstance(records, TextRecords):
+        records.sign()
+        return
     for record in records:
-        record.signature = signature(record)
+        if record.signature is None:
+            record.signature = signature(record)
 
 
 def _encoded_bytes(record: Record) -> int:

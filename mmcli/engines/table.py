@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from mmcli.core.errors import RowError
 from mmcli.core.protocols import Source, Task
 from mmcli.core.records import Record, Result
+from mmcli.core.texts import TextRecords
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,25 @@ class Layout:
     def _batch(
         self, records: Sequence[Record], modality: pa.Array, columns: Sequence[pa.Array], states: Sequence[pa.Array]
     ) -> pa.RecordBatch:
-        paths = [r.path for r in records]
+        ids, paths, keep = self._described(records)
         arrays = [
-            pa.array([r.id for r in records], pa.string()),
+            pa.array(ids, pa.string()),
             pa.array(paths, pa.string()),
             modality,
             *columns,
-            *(pa.array([r.keep[i] for r in records], f.type) for i, f in enumerate(self.keep)),
+            *(pa.array(values, f.type) for values, f in zip(keep, self.keep, strict=True)),
             *states,
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def _described(
+        self, records: Sequence[Record]
+    ) -> tuple[Sequence[str], Sequence[str | None], Sequence[Sequence[Any]]]:
+        """Ids, paths, and each passthrough column."""
+        if isinstance(records, TextRecords):
+            return records.ids, [None] * len(records), records.keep
+        keep = [[r.keep[i] for r in records] for i in range(len(self.keep))]
+        return [r.id for r in records], [r.path for r in records], keep
 
 
 def _states(errors: Sequence[RowError | None]) -> list[pa.Array]:

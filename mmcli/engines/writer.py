@@ -13,6 +13,7 @@ import pyarrow as pa
 from mmcli.core.protocols import Output
 from mmcli.core.records import Result
 from mmcli.core.report import Report
+from mmcli.core.texts import signatures_of
 from mmcli.engines.batching import Window
 from mmcli.engines.table import Layout
 
@@ -100,7 +101,7 @@ class PartWriter:
         rows = len(window.records) - first
         if rows <= 0:
             return
-        self._signatures += [record.signature for record in window.records[first:]]
+        self._signatures += signatures_of(window.records[first:])
         if not self._add_whole(window, first):
             with self._report.timed("post"):
                 results = window.results(self._layout.task, first)

@@ -21,6 +21,7 @@ from mmcli.core.errors import MmcliError, ModelError, RowError
 from mmcli.core.protocols import ModelPlan
 from mmcli.core.records import Decoded, DecodeOptions, Modality, Record
 from mmcli.core.signature import SIGNATURE_BYTES
+from mmcli.core.texts import TextRecords
 from mmcli.media import transport
 from mmcli.media.packing import pack
 from mmcli.media.worker import Answer, BlockDecoder, Cell, Jobs
@@ -43,7 +44,7 @@ MAX_BARREN_DEATHS = 20
 @dataclass(slots=True)
 class _Block:
     number: int
-    records: list[Record]
+    records: Sequence[Record]
     crashed_before: bool = False
 
 
@@ -104,7 +105,7 @@ class InlineDecoder:
     def __init__(self, plan: ModelPlan, options: DecodeOptions) -> None:
         self._plan, self._options = plan, options
 
-    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+    def run(self, blocks: Iterator[Sequence[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
         """Decode `blocks` in order; waits while `may_read` is false."""
         decoder = BlockDecoder(self._plan.open_processor(), self._options)
         while True:
@@ -156,7 +157,7 @@ class DecodePool:
         transport.send(self._control, (plan, options, options.modalities if expected is None else expected))
         self._opened = False
 
-    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+    def run(self, blocks: Iterator[Sequence[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
         """Decode `blocks`, yielding answers as they come (not in order); reads no more while `may_read` is false.
 
         Raises ModelError when the processor cannot be opened, and when workers die without end.
@@ -216,7 +217,7 @@ class DecodePool:
         self._workers.append(worker)
         self._selector.register(ours, selectors.EVENT_READ, worker)
 
-    def _dispatch(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool], exhausted: bool) -> bool:
+    def _dispatch(self, blocks: Iterator[Sequence[Record]], may_read: Callable[[], bool], exhausted: bool) -> bool:
         """Give every worker that has room a block; returns whether the source is exhausted."""
         while worker := self._worker_with_room():
             if self._again:
@@ -271,8 +272,11 @@ class DecodePool:
             raise MmcliError(f"decode worker answered block {answer.block} instead of {block.number}")
         self._barren_deaths = 0
         if (signatures := answer.signatures) is not None:
-            for i, record in enumerate(block.records):
-                record.signature = signatures[SIGNATURE_BYTES * i : SIGNATURE_BYTES * (i + 1)]
+            if isinstance(block.records, TextRecords):
+                block.records.signatures = signatures
+            else:
+                for i, record in enumerate(block.records):
+                    record.signature = signatures[SIGNATURE_BYTES * i : SIGNATURE_BYTES * (i + 1)]
         decoded = Decoded(block.records, answer.outcomes, answer.decode_s, answer.process_s, answer.cpu_s)
         self._ready.append(decoded)
 
@@ -302,7 +306,8 @@ class DecodePool:
         self._spawn()
 
     def _blame(self, block: _Block, index: int, hung: bool, status: int) -> None:
-        culprit, rest = block.records[index], block.records[:index] + block.records[index + 1 :]
+        records = list(block.records)
+        culprit = records.pop(index)
         if hung or block.crashed_before:
             error = (
                 RowError("timeout", f"decoding took longer than {self._timeout_s:g} s")
@@ -312,10 +317,10 @@ class DecodePool:
             self._ready.append(Decoded([culprit], [tuple(error for _ in culprit.media)]))
         else:
             self._requeue([culprit], crashed_before=True)
-        if rest:
-            self._requeue(rest, crashed_before=False)
+        if records:
+            self._requeue(records, crashed_before=False)
 
-    def _requeue(self, records: list[Record], crashed_before: bool) -> None:
+    def _requeue(self, records: Sequence[Record], crashed_before: bool) -> None:
         self._numbers += 1
         self._again.append(_Block(self._numbers, records, crashed_before))
 

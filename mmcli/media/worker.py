@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import ModelPlan, Processor, RecordProcessor
 from mmcli.core.records import DecodeOptions, Media, Modality, Record, Sample
 from mmcli.core.signature import signature
+from mmcli.core.texts import TextRecords, rows_of
 from mmcli.media import transport
 from mmcli.media.packing import Outcomes, pack
 
@@ -42,22 +43,29 @@ class Jobs:
     number     of the block
     media      of each record; of records with one inline text each, all of one `modality`, these texts alone
     variables  `Record.variables` of each; None: no record has any
-    described  (id, path, keep) of each, where their signatures are wanted; else None
+    described  the ids, paths and `keep` of all, where their signatures are wanted; else None
     """
 
     number: int
     media: list[tuple[Media, ...]] | list[str]
     modality: Modality | None = None
     variables: list[tuple[Any, ...]] | None = None
-    described: list[tuple[str, str | None, tuple[Any, ...]]] | None = None
+    described: tuple[Iterable[str], Iterable[str | None], Iterable[tuple[Any, ...]]] | None = None
 
     @classmethod
     def of(cls, number: int, records: Sequence[Record], sign: bool) -> Jobs:
         """Of so many records. Texts alone: a fifth of the time to pickle."""
+        if isinstance(records, TextRecords):
+            jobs = cls(number, list(records.texts), records.modality, rows_of(records.variables))
+            if sign:
+                keep = rows_of(records.keep) or [()] * len(records)
+                jobs.described = records.ids, [None] * len(records), keep
+            return jobs
         media = [r.media for r in records]
         variables = [r.variables for r in records] if any(r.variables for r in records) else None
-        described = [(r.id, r.path, r.keep) for r in records] if sign else None
-        jobs = cls(number, media, None, variables, described)
+        jobs = cls(number, media, None, variables)
+        if sign:
+            jobs.described = [r.id for r in records], [r.path for r in records], [r.keep for r in records]
         texts = [m[0].text for m in media if len(m) == 1 and m[0].text is not None]
         modalities = {m[0].modality for m in media if m}
         if len(texts) == len(media) and len(modalities) == 1:
@@ -75,7 +83,7 @@ class Jobs:
         variables = self.variables or [()] * len(media)
         records = [
             Record(0, id, path, one, keep, values)
-            for (id, path, keep), one, values in zip(self.described, media, variables, strict=True)
+            for id, path, keep, one, values in zip(*self.described, media, variables, strict=True)
         ]
         return b"".join([signature(record) or b"" for record in records])
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
 from mmcli.core.protocols import Snapshot, Source
 from mmcli.core.records import Modality, Record
+from mmcli.core.texts import TextRecords, blocks_of
 from mmcli.sources.snapshot import ResolvedInputs, add_counts, combine
 
 
@@ -35,12 +37,20 @@ class ChainedSource:
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """Records from row `start` of all on. Raises RuntimeError when there is no snapshot."""
+        return chain.from_iterable(self.blocks(start))
+
+    def blocks(self, start: int = 0) -> Iterator[Sequence[Record]]:
+        """As `records`, some at a time (see Source.blocks)."""
         if self._rows is None:
             raise RuntimeError("call snapshot() before records()")
         first = 0
         for source, rows in zip(self.sources, self._rows, strict=True):
             if start < first + rows:
-                for record in source.records(max(0, start - first)):
-                    record.row += first
-                    yield record
+                for block in blocks_of(source, max(0, start - first)):
+                    if isinstance(block, TextRecords):
+                        block.first += first
+                    else:
+                        for record in block:
+                            record.row += first
+                    yield block
             first += rows

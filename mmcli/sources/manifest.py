@@ -15,6 +15,7 @@ import pyarrow as pa
 from mmcli.core.errors import ConfigError, RowError, StateMismatch
 from mmcli.core.extensions import guess_modality
 from mmcli.core.records import Media, Modality, Record
+from mmcli.core.texts import TextRecords, rows_of
 from mmcli.sources.columns import Column, MediaColumn, Selection
 from mmcli.sources.names import is_url, shown
 from mmcli.sources.paths import URLS_ARE_OFF
@@ -144,6 +145,10 @@ class ManifestSource:
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """Records from row `start` on. Raises StateMismatch when the manifest is not the one of the snapshot."""
+        return chain.from_iterable(self.blocks(start))
+
+    def blocks(self, start: int = 0) -> Iterator[Sequence[Record]]:
+        """As `records`, some at a time; texts as columns (TextRecords)."""
         if self._identity is None:
             raise RuntimeError("call snapshot() before records()")
         seen = self._status()
@@ -157,7 +162,7 @@ class ManifestSource:
                 self._check_identity()
                 seen = now
             sizes = list(islice(stats, block.rows)) if self._stats else []
-            yield from self._records(block, row, sizes)
+            yield self._records(block, row, sizes)
             row += block.rows
         if row < self._rows:
             raise StateMismatch(f"{self._label} has {row} rows; there were {self._rows} when it was listed")
@@ -183,8 +188,13 @@ class ManifestSource:
         for columns in read_rows(self._stats, start):
             yield from zip(*(c.to_pylist() for c in columns.values()), strict=True)
 
-    def _records(self, block: Block, first: int, stats: list[tuple[int | None, ...]]) -> Iterator[Record]:
+    def _records(self, block: Block, first: int, stats: list[tuple[int | None, ...]]) -> Sequence[Record]:
         """One block as records: whole columns at a time; rows with errors are mended afterwards."""
+        if not block.errors and (texts := self._texts(block)) is not None:
+            bad_ids: dict[int, RowError] = {}
+            ids = self._ids(block, first, bad_ids)
+            if not bad_ids:
+                return TextRecords(first, ids, texts, self.selection.media[0].modality, block.keep, block.variables)
         errors = dict(block.errors)
         slots: list[Sequence[Media | None]] = []
         paths: Sequence[str | None] | None = None
@@ -198,17 +208,19 @@ class ManifestSource:
         if self._bears_missing:
             self._check_any(slots, errors)
         ids = self._ids(block, first, errors)
-        keep = zip(*block.keep, strict=True) if block.keep else repeat(())
-        variables = zip(*block.variables, strict=True) if block.variables else repeat(())
+        keep, variables = (rows_of(one) or repeat(()) for one in (block.keep, block.variables))
         rows = range(first, first + block.rows)
-        records = map(Record, rows, ids, paths or repeat(None), zip(*slots, strict=True), keep, variables)
-        if not errors:
-            yield from records
-            return
-        for i, record in enumerate(records):
-            if i in errors:
-                record.media, record.error = (), errors[i]
-            yield record
+        records = list(map(Record, rows, ids, paths or repeat(None), zip(*slots, strict=True), keep, variables))
+        for i, error in errors.items():
+            records[i].media, records[i].error = (), error
+        return records
+
+    def _texts(self, block: Block) -> Sequence[str] | None:
+        """The texts of a block where each of its rows is one and nothing else, or None."""
+        if [column.kind for column in self.selection.media] != ["text"]:
+            return None
+        cells = block.media[0]
+        return cells if all(cells) and {type(cell) for cell in cells} == {str} else None
 
     def _check_any(self, slots: list[Sequence[Media | None]], errors: dict[int, RowError]) -> None:
         """Add rows that lack all of their media to `errors`."""

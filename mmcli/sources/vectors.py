@@ -146,7 +146,7 @@ class VectorDecoder:
 
     num_workers: int = field(default=0, init=False)
 
-    def run(self, blocks: Iterator[list[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
+    def run(self, blocks: Iterator[Sequence[Record]], may_read: Callable[[], bool]) -> Iterator[Decoded]:
         """In order, in this process; an answer without records while it may not read."""
         while True:
             if not may_read():

@@ -13,6 +13,7 @@ from mmcli.core.errors import RowError
 from mmcli.core.protocols import Decoder, ModelPlan
 from mmcli.core.records import DecodeOptions, Media, Record
 from mmcli.core.report import Report
+from mmcli.core.texts import TextRecords
 from mmcli.engines import batching
 from mmcli.engines.batching import BatchSize, WindowSizes, window_sizes
 from mmcli.engines.intake import BLOCK_ROWS
@@ -39,6 +40,25 @@ class ListSource:
         for record in self._records[start:]:
             self.read = record.row + 1
             yield record
+
+
+class TextSource(ListSource):
+    """Also has its records some at a time; as columns where they are texts without errors."""
+
+    def __init__(self, records: Sequence[Record], size: int) -> None:
+        super().__init__(records)
+        self._size = size
+
+    def blocks(self, start: int = 0) -> Iterator[Sequence[Record]]:
+        for at in range(start, len(self._records), self._size):
+            block = self._records[at : at + self._size]
+            self.read = block[-1].row + 1
+            if any(record.error for record in block):
+                yield block
+                continue
+            texts = [record.media[0].text or "" for record in block]
+            keep = [[record.keep[0] for record in block]]
+            yield TextRecords(block[0].row, [record.id for record in block], texts, "text", keep)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from engine_runs import (
     D,
     ListSource,
     PartLimits,
+    TextSource,
     expected_row,
     plan,
     run_engine,
@@ -88,16 +89,16 @@ def test_rows_are_those_of_the_inputs(inputs, batch_size, window, first, part_ro
     assert report.error_rows == sum(code is not None for _, code, _ in output.rows())
 
 
-@given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), seed=st.integers(0, 99), **SHAPES)
+@given(inputs=record_lists(max_size=200), workers=st.integers(1, 3), together=st.integers(0, 99), **SHAPES)
 @settings(max_examples=8, deadline=None)
 def test_decode_processes_change_nothing(
-    inputs, workers, seed, batch_size, window, first, part_rows, oom, both, tokens, block_rows
+    inputs, workers, together, batch_size, window, first, part_rows, oom, both, tokens, block_rows
 ):
     slots, records = inputs
     records.append(text_record(len(records), *["always one that works"] * slots))
     output = Collected()
     parts = PartLimits(rows=part_rows)
-    source = ListSource(records, SLOTS[slots])
+    source = ListSource(records, SLOTS[slots]) if slots > 1 or not together else TextSource(records, together)
     shape = {"batch_size": batch_size, "window": window, "first": first, "parts": parts, "tokens": tokens}
     shape["block_rows"] = block_rows
     run_engine(source, output, plan(oom=oom, both=both), workers=workers, **shape)
@@ -141,22 +142,25 @@ WORKING = st.builds("{}{}".format, st.sampled_from(["x", "yy", "zzzzzzzzzz"]), s
     block_rows=st.sampled_from([2, 5, 30]),
     column_rows=st.sampled_from([1, 30]),
     dtype=st.sampled_from(["float32", "float16"]),
+    together=st.none() | st.integers(1, 50),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_windows_in_columns_may_hold_rows_that_fail_and_be_resumed_within(
-    rows, kills, window, part_rows, block_rows, column_rows, dtype
+    rows, kills, window, part_rows, block_rows, column_rows, dtype, together
 ):
-    """Most rows work, so that most windows are columns; parts end within them."""
+    """Most rows work, so that most windows are columns; parts end within them. Records are columns, too, or not."""
     records = [text_record(i, *texts) for i, texts in enumerate([("works",), *rows])]
     output = Collected()
     shape = {"window": window, "block_rows": block_rows, "column_rows": column_rows, "task": Embed(D, dtype)}
     for kill in [*kills, None]:
         output.fail_at = None if kill is None else len(output.tables) + kill
         try:
-            run_engine(ListSource(records), output, parts=PartLimits(rows=part_rows), **shape)
+            source = ListSource(records) if together is None else TextSource(records, together)
+            run_engine(source, output, parts=PartLimits(rows=part_rows), **shape)
         except OSError:
             assert kill is not None
     assert output.rows() == expected_rows(1, records)
+    assert pa.concat_tables(output.tables).column("number").to_pylist() == [r.row for r in records]
     assert output.signatures == [signature(record) for record in records]
     table = pa.concat_tables(output.tables)
     assert table.column("modality").to_pylist() == [None if r.error else "text" for r in records]

@@ -15,6 +15,7 @@ from pool_plans import Misbehaving
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Media, Record, Sample
 from mmcli.core.signature import signature
+from mmcli.core.texts import TextRecords
 from mmcli.media.pool import DecodePool, InlineDecoder
 from mmcli.media.worker import Cell
 
@@ -23,11 +24,11 @@ def records(texts):
     return [Record(row, f"r{row}", None, (Media("text", text=t),)) for row, t in enumerate(texts)]
 
 
-def decode(texts, block=4, workers=2, timeout_s=20.0, plan=None):
-    """Outcome of each row, in row order."""
+def decode(texts, block=4, workers=2, timeout_s=20.0, plan=None, columns=False):
+    """Outcome of each row, in row order. `columns`: of records that are columns."""
     plan = plan or Misbehaving()
     pool = DecodePool(plan, plan.decode, workers, timeout_s)
-    todo = records(texts)
+    todo = TextRecords(0, [f"r{n}" for n in range(len(texts))], texts, "text") if columns else records(texts)
     blocks = iter([todo[i : i + block] for i in range(0, len(todo), block)])
     outcomes = {}
     try:
@@ -83,10 +84,12 @@ def test_large_arrays_come_through_shared_memory_unharmed_and_writable():
     assert np.all(outcomes[3].arrays["x"] == len("x:300001"))
 
 
-@pytest.mark.parametrize("crash", ["abort", "segfault", "exit"])
-def test_a_crash_costs_one_row(crash):
+@pytest.mark.parametrize(
+    ("crash", "columns"), [("abort", False), ("abort", True), ("segfault", False), ("exit", False)]
+)
+def test_a_crash_costs_one_row(crash, columns):
     texts = ["a", crash, "b", "c", "d", crash, "e"]
-    outcomes = decode(texts)
+    outcomes = decode(texts, columns=columns)
     for text, outcome in zip(texts, outcomes, strict=True):
         if text == crash:
             assert isinstance(outcome, RowError)

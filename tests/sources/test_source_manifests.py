@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from source_helpers import STRUCT, codes, digest, ids, listed, write_files, write_parquet
 
 from mmcli.core.errors import ConfigError, StateMismatch
+from mmcli.core.texts import TextRecords
 from mmcli.sources import jsonl
 from mmcli.sources.open import SourceOptions, open_source
 
@@ -548,3 +549,31 @@ def test_bytes_that_a_row_lacks(tmp_path: Path) -> None:
     write_parquet(tmp_path / "m.parquet", table)
     _, records = listed(tmp_path, tmp_path / "m.parquet", missing=True, image_column="image", text_column="words")
     assert [[m.missing for m in record.media] for record in records] == [[True, False], [False, True]]
+
+
+def test_texts_come_as_columns_and_are_the_same_records(tmp_path: Path) -> None:
+    """Where each row of a block is a text and nothing is wrong with it; rows of several inputs are numbered on."""
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text("".join(json.dumps({"text": f"t{n}", "id": f"g{n}", "year": n}) + "\n" for n in range(1500)))
+    lines = [
+        {"text": "x", "id": "b0"},
+        {"text": "", "id": "b1"},
+        {"text": "y", "id": None},
+        {"text": "z", "id": "b3"},
+    ]
+    bad.write_text("".join(json.dumps({**line, "year": 7}) + "\n" for line in lines))
+    inputs = str(good), str(bad)
+    source = open_source(SourceOptions(inputs, text_column="text", id_column="id", keep=("year:int",)))
+    source.snapshot(tmp_path / "listed")
+    for start in (0, 3, 1499, 1501):
+        blocks = list(source.blocks(start))
+        found = [record for block in blocks for record in block]
+        assert list(map(repr, found)) == list(map(repr, source.records(start)))
+        assert [record.row for record in found] == list(range(start, 1504))
+        kinds = [isinstance(block, TextRecords) for block in blocks]
+        assert kinds == [True] * (len(blocks) - 1) + [False]
+    everything = list(source.records())
+    assert [r.id for r in everything] == [*(f"g{n}" for n in range(1500)), "b0", "b1", f"{bad}#2", "b3"]
+    assert [r.keep for r in everything[1498:]] == [(1498,), (1499,), (7,), (7,), (7,), (7,)]
+    assert [r.error.code if r.error else None for r in everything[1500:]] == [None, "bad_row", "bad_row", None]
+    assert all(r.media[0].text == f"t{r.row}" for r in everything[:1500])
