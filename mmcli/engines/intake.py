@@ -21,8 +21,9 @@ from mmcli.engines.batching import WINDOW_BYTES, Arrived, Outcomes
 # A block is what one worker is given at a time: at most this many records or encoded bytes. 64 tiny
 # pictures amortise a message (about 0.1 ms); one large video does not wait behind others.
 BLOCK_ROWS = 64
-# Of texts, each of which takes 0.1 ms: a fifth less of the supervisor's time than by 64.
-TEXT_BLOCK_ROWS = 256
+# Of texts, each of which takes 0.1 ms: a fifth less of the supervisor's time by 256 than by 64, and 9 % more rows a
+# second by 512 than by 256 (1,024: the same).
+TEXT_BLOCK_ROWS = 512
 BLOCK_BYTES = 2 * 1024 * 1024
 # Looked up together in a previous output.
 LOOKUP_ROWS = 1024

@@ -18,6 +18,7 @@ from engine_runs import (
     ErrorBudget,
     ListSource,
     PartLimits,
+    TextSource,
     expected_row,
     plan,
     run_engine,
@@ -41,7 +42,7 @@ from mmcli.core.records import Record, Sample
 from mmcli.core.report import Report
 from mmcli.core.signature import signature
 from mmcli.engines.batching import Arrived, BatchSize
-from mmcli.engines.ceilings import RepeatedSource, formed_batches, measure_decoding
+from mmcli.engines.ceilings import RepeatedSource, RepeatedTexts, formed_batches, measure_decoding
 from mmcli.engines.forward import Forward
 from mmcli.engines.intake import BLOCK_BYTES, BLOCK_ROWS, MAX_BYTES, TEXT_BLOCK_ROWS, Intake
 from mmcli.engines.local import StopFlag
@@ -482,6 +483,24 @@ def test_a_block_holds_many_short_texts_or_few_long_ones(letters, most):
     assert rows == list(range(600))
     assert max(sizes) == most
     assert sum(sizes) == 600
+
+
+@pytest.mark.parametrize("size", [2, 100, 1000])
+@pytest.mark.parametrize(("rows", "start"), [(0, 0), (1, 0), (299, 7), (1500, 0), (1500, 700)])
+def test_texts_come_over_and_over_as_columns(size, rows, start):
+    """A few blocks that are kept, or more that are read anew each time."""
+    records = texts(300)
+    found = list(itertools.chain.from_iterable(RepeatedTexts(TextSource(records, size), rows).blocks(start)))
+    assert [record.row for record in found] == list(range(start, rows))
+    assert [record.id for record in found] == [f"id{row % 300}" for row in range(start, rows)]
+    assert [record.media for record in found] == [records[row % 300].media for row in range(start, rows)]
+
+
+def test_texts_end_when_their_time_is_over():
+    found = RepeatedTexts(TextSource(texts(10), 5), seconds=0.2).blocks()
+    start = time.monotonic()
+    assert sum(map(len, found)) > 10
+    assert time.monotonic() - start > 0.1
 
 
 def test_decoding_keeps_the_first_rows_that_work_for_the_model():
