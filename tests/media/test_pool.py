@@ -77,6 +77,18 @@ def test_workers_compute_the_signatures_of_records():
         assert [record.signature for record in todo] == wanted
 
 
+def test_workers_compute_the_signatures_of_texts():
+    plan, todo = Misbehaving(), TextRecords(0, ["a", "b", "c"], ["t:1", "t:2", "t:3"], "text", [[1, 2, 3]])
+    wanted = [signature(record) for record in todo]
+    pool = DecodePool(plan, plan.decode, 1, 20.0)
+    pool.signs = True
+    try:
+        found = [record.signature for decoded in pool.run(iter([todo]), lambda: True) for record in decoded.records]
+    finally:
+        pool.close()
+    assert found == wanted
+
+
 def test_large_arrays_come_through_shared_memory_unharmed_and_writable():
     outcomes = decode([f"x:{n}" for n in (5_000_000, 10, 0, 300_001)], block=4)
     assert [o.arrays["x"].size for o in outcomes] == [5_000_000, 10, 0, 300_001]

@@ -562,18 +562,28 @@ def test_texts_come_as_columns_and_are_the_same_records(tmp_path: Path) -> None:
         {"text": "z", "id": "b3"},
     ]
     bad.write_text("".join(json.dumps({**line, "year": 7}) + "\n" for line in lines))
-    inputs = str(good), str(bad)
+    inputs = str(good), str(bad), str(good)
     source = open_source(SourceOptions(inputs, text_column="text", id_column="id", keep=("year:int",)))
     source.snapshot(tmp_path / "listed")
     for start in (0, 3, 1499, 1501):
         blocks = list(source.blocks(start))
         found = [record for block in blocks for record in block]
         assert list(map(repr, found)) == list(map(repr, source.records(start)))
-        assert [record.row for record in found] == list(range(start, 1504))
-        kinds = [isinstance(block, TextRecords) for block in blocks]
-        assert kinds == [True] * (len(blocks) - 1) + [False]
+        assert [record.row for record in found] == list(range(start, 3004))
+        lists = [block for block in blocks if not isinstance(block, TextRecords)]
+        assert [[record.row for record in block] for block in lists] == [list(range(max(start, 1500), 1504))]
     everything = list(source.records())
-    assert [r.id for r in everything] == [*(f"g{n}" for n in range(1500)), "b0", "b1", f"{bad}#2", "b3"]
-    assert [r.keep for r in everything[1498:]] == [(1498,), (1499,), (7,), (7,), (7,), (7,)]
-    assert [r.error.code if r.error else None for r in everything[1500:]] == [None, "bad_row", "bad_row", None]
+    names = [f"g{n}" for n in range(1500)]
+    assert ids(everything) == [*names, "b0", "b1", f"{bad}#2", "b3", *names]
+    assert [r.keep for r in everything[1498:1506]] == [(1498,), (1499,), (7,), (7,), (7,), (7,), (0,), (1,)]
+    assert codes(everything[1500:1505]) == [None, "bad_row", "bad_row", None, None]
     assert all(r.media[0].text == f"t{r.row}" for r in everything[:1500])
+
+
+def test_a_column_of_bytes_that_is_text(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "b.parquet", {"text": pa.array([b"one", b"zwei \xc3\xa4", b"\xff"], pa.binary())}
+    )
+    _, records = listed(tmp_path, path, text_column="text")
+    assert [r.media[0].text if r.media else None for r in records] == ["one", "zwei ä", None]
+    assert codes(records) == [None, None, "bad_row"]
