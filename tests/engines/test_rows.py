@@ -28,7 +28,7 @@ from PIL import Image
 from mmcli.core.errors import ModelError, RowError
 from mmcli.core.records import Media, Record
 from mmcli.core.signature import signature
-from mmcli.engines.batching import Windows, WindowSizes, window_sizes
+from mmcli.engines.batching import Window, Windows, WindowSizes, window_sizes
 from mmcli.models.fake import fake_vector
 from mmcli.tasks.embed import Embed
 
@@ -176,6 +176,13 @@ def test_windows_in_columns_may_hold_rows_that_fail_and_be_resumed_within(
     assert table.column("error_stage").to_pylist() == [
         {None: None, "bad_row": "source", "corrupt": "decode"}.get(code, "model") for _, code, _ in output.rows()
     ]
+
+
+def test_what_failed_of_the_rest_of_a_window_is_told_of_the_right_row():
+    records = [text_record(0, "a"), text_record(1, "b"), text_record(2, BAD)]
+    window = Window(records, 0, [("text",), ("text",), (BAD,)], [], "text")
+    for first in range(3):
+        assert window.failed(first) == {2 - first: (None, BAD)}
 
 
 # -- modalities ------------------------------------------------------------------------------------------------
