@@ -23,6 +23,7 @@ LIMITS = {
     "decode": "decoding",
     "collate": "collating batches",
     "model": "the model",
+    "post": "making rows of what the model gives",
     "write": "writing",
     "transport": "passing rows between processes",
 }
@@ -229,10 +230,10 @@ def split(report: Report) -> str:
     decode = " + ".join(f"{SAID.get(s, s)} {_percent(v)}" for s, v in shares["decode"].items())
     workers = report.num_workers
     said = [f"{decode} %" + (f" of {workers} workers" if workers > 1 else "")]
-    for lane in ("read", "collate", "model", "write"):
+    for lane in ("read", "collate", "model", "post", "write"):
         share = sum(shares[lane].values())
         if lane in ("model", "write") or share >= WORTH_SAYING:
-            said.append(f"{lane} {_percent(share)} %")
+            said.append(f"{SAID.get(lane, lane)} {_percent(share)} %")
     return f"busy: {', '.join(said)}; cores {_percent(report.cores_busy())} %"
 
 

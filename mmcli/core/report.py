@@ -17,7 +17,8 @@ LANES: dict[str, tuple[str, ...]] = {
     "decode": ("decode", "process"),
     "collate": ("collate",),
     "model": ("transfer", "forward"),
-    "write": ("post", "write"),
+    "post": ("post",),
+    "write": ("write",),
 }
 # All stages, in the order of a row's way. list and load come before the lanes are at work, finalise behind.
 STAGES = ("list", "load", *(stage for lane in LANES.values() for stage in lane), "finalise")
@@ -168,7 +169,7 @@ class Report:
 
         The model's thread computes, waits for inputs or waits for the writer. Where inputs are waited for, it is
         the busiest of the lanes that make them; "transport", messages between processes and threads, when none of
-        these was busy for half of the time.
+        these was busy for half of the time. Where the writer is waited for, the busier of its two lanes.
         """
         if self.steady() is None:
             return None
@@ -182,10 +183,12 @@ class Report:
         if not any(spent.values()):
             return None
         longest = max(spent, key=lambda lane: spent[lane])
+        busy = {lane: sum(stages.values()) for lane, stages in self.shares().items()}
+        if longest == "write":
+            return max("write", "post", key=lambda lane: busy[lane])
         if longest != "decode":
             return longest
-        busy = {lane: sum(self.shares()[lane].values()) for lane in ("decode", "read", "collate")}
-        busiest = max(busy, key=lambda lane: busy[lane])
+        busiest = max("decode", "read", "collate", key=lambda lane: busy[lane])
         return busiest if busy[busiest] >= 0.5 else "transport"
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The writer thread: turns finished windows into rows, cuts them into parts and commits them."""
+"""The writer thread turns finished windows into rows and cuts them into parts; another one commits these.
+
+Two threads, since a part of 50,000 vectors is encoded and made durable in some tenths of a second, in which a fast
+model fills every window that may wait.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -42,6 +47,8 @@ class PartWriter:
     ) -> None:
         self._output, self._layout, self._limits, self._report = output, layout, limits, report
         self._queue: queue.Queue[Window | None] = queue.Queue(QUEUE_WINDOWS)
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="mmcli-commit")
+        self._committing: Future[None] | None = None
         self._results: list[Result] = []
         self._batches: list[pa.RecordBatch] = []
         self._bytes = self._text_bytes = 0
@@ -73,6 +80,7 @@ class PartWriter:
             except queue.Full:
                 continue
         self._thread.join()
+        self._committer.shutdown()
         self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -93,6 +101,7 @@ class PartWriter:
                 self._add(window)
                 self._cut(final=False)
             self._cut(final=True)
+            self._wait_for_commit()
         except BaseException as failure:  # noqa: BLE001 - raised in the main thread by put or close
             self._failure = failure
 
@@ -126,14 +135,14 @@ class PartWriter:
         if columns is None:
             return False
         self._tabulate()
-        with self._report.timed("write"):
+        with self._report.timed("post"):
             self._keep(self._layout.whole(window.records[first:], str(window.modality), failed, columns))
         self._report.errors.update(error.code for _, error in failed.values())
         return True
 
     def _tabulate(self) -> None:
         if self._results:
-            with self._report.timed("write"):
+            with self._report.timed("post"):
                 batch = self._layout.batch(self._results)
             self._results, self._text_bytes = [], 0
             self._keep(batch)
@@ -145,6 +154,9 @@ class PartWriter:
     def _cut(self, final: bool) -> None:
         overdue = time.monotonic() - self._last_commit >= self._limits.seconds
         everything = final or overdue or self._output.immediate
+        if self._committing is not None and self._committing.done():
+            # A full disk is told now, not when the next part is.
+            self._wait_for_commit()
         while rows := len(self._signatures):
             if not (everything or rows >= self._limits.rows or self._bytes >= self._limits.bytes):
                 return
@@ -152,17 +164,28 @@ class PartWriter:
         self._last_commit = time.monotonic() if overdue else self._last_commit
 
     def _commit(self, rows: int) -> None:
+        """Have the first rows committed; returns when the part before is safe: one at most is on its way."""
         self._tabulate()
         table = pa.Table.from_batches(self._batches, schema=self._layout.schema)
-        with self._report.timed("write"):
-            self._output.commit(table.slice(0, rows), self._next_row, self._signatures[:rows])
+        self._wait_for_commit()
+        part = table.slice(0, rows), self._next_row, self._signatures[:rows]
+        self._committing = self._committer.submit(self._commit_part, *part)
         rest = table.slice(rows)
         self._batches = rest.to_batches() if len(rest) else []
         self._bytes = sum(b.nbytes for b in self._batches)
         del self._signatures[:rows]
         self._next_row += rows
         self._last_commit = time.monotonic()
-        self._report.committed += rows
+
+    def _commit_part(self, table: pa.Table, start_row: int, signatures: Sequence[bytes | None]) -> None:
+        with self._report.timed("write"):
+            self._output.commit(table, start_row, signatures)
+        self._report.committed += len(table)
+
+    def _wait_for_commit(self) -> None:
+        """Raises what it failed with."""
+        if self._committing is not None:
+            self._committing.result()
 
 
 def _text_bytes(results: Sequence[Result]) -> int:

@@ -271,6 +271,30 @@ def test_a_failing_output_ends_the_run_and_leaves_what_is_committed(fail_at, wor
     assert source.read < 2000
 
 
+def test_a_failing_output_is_told_before_the_next_part_is_full():
+    source, output = ListSource(texts(6000)), Collected(fail_at=0, error=OutputError("no space left"))
+    with pytest.raises(OutputError, match="no space left"):
+        run_engine(source, output, plan(ms=1), parts=PartLimits(rows=2000))
+    assert source.read < 3200
+
+
+def test_a_part_is_committed_while_the_model_goes_on():
+    """A commit takes as long as the rows of a part: together they take as long as one of them."""
+
+    class Slow(Collected):
+        def commit(self, table, start_row, signatures):
+            time.sleep(0.3)
+            super().commit(table, start_row, signatures)
+
+    shares = []
+    for _ in range(3):
+        output, report, parts = Slow(), Report(), PartLimits(rows=240)
+        run_engine(ListSource(texts(960)), output, plan(ms=3), batch_size=8, parts=parts, report=report)
+        assert output.rows() == expected(texts(960))
+        shares.append(report.seconds["write_wait"] / report.seconds["write"])
+    assert min(shares) < 0.3
+
+
 def test_a_source_that_fails_ends_the_run_and_what_came_before_is_committed():
     class Failing(ListSource):
         def records(self, start=0):
