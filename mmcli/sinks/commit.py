@@ -6,6 +6,7 @@
         part-000000.parquet    rows, with their own row numbers: the only record of progress
         inputs-000000.parquet  their signatures, committed before the part
         previous/              parts of an interrupted run over other inputs, which --update reuses
+        .final.tmp             the finished Parquet file, as far as there are parts of it; may be lost
         final/                 the finished output, before it is moved to its name
         swap.json              the list of moves; from here on the output is complete, whatever happens
 
@@ -30,11 +31,13 @@ from mmcli.core.durable import (
     make_folder,
     output_errors,
     remove,
+    temporary_name,
     write_durably,
     write_json,
 )
 from mmcli.core.errors import MmcliError, StateMismatch
 from mmcli.core.job import differences
+from mmcli.sinks.ahead import Ahead
 from mmcli.sinks.finalise import FINAL_FOLDER, apply_swap, discard_staging, finalise
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.lock import Lock
@@ -48,6 +51,7 @@ from mmcli.sinks.outputs import (
     read_run,
     without_inputs,
 )
+from mmcli.sinks.parquet import ParquetFormat
 from mmcli.sinks.parts import (
     Part,
     errors_by_code,
@@ -91,6 +95,7 @@ class Staging:
         self._final: OutputInfo | None = None
         self._mode: Mode = "new"
         self._previous: PreviousRows | None = None
+        self._ahead: Ahead | None = None
 
     def __enter__(self) -> Self:
         self.place.check_parent()
@@ -115,6 +120,8 @@ class Staging:
     ) -> None:
         if self._previous is not None:
             self._previous.close()
+        if self._ahead is not None:
+            self._ahead.discard()
         if self._lock.held:
             self._tidy()
         self._lock.release()
@@ -146,7 +153,8 @@ class Staging:
         Raises StateMismatch for another job's output or parts (with the differences), and for damaged ones;
         ConfigError when the format cannot hold the schema.
         """
-        load_format(spec.format).check(spec.schema)
+        made = load_format(spec.format)
+        made.check(spec.schema)
         self._spec, self._mode = spec, mode
         with output_errors(self.folder):
             self._final = self._open_final(spec, mode)
@@ -155,6 +163,10 @@ class Staging:
             self._parts = self._open_parts(spec, mode)
             if not (self.folder / RUN_FILE).exists():
                 write_json(self.folder / RUN_FILE, self._run_json(spec, mode))
+        if isinstance(made, ParquetFormat) and not self.place.folder:
+            self._ahead = Ahead(made, temporary_name(self.folder / FINAL_FOLDER), spec.schema)
+            for part in self._parts:
+                self._ahead.add(part.path)
 
     def previous(self, columns: Sequence[str]) -> PreviousRows | None:
         """The rows that --update can reuse: `modality` and `columns` of them. None when there are none."""
@@ -187,12 +199,24 @@ class Staging:
             errors_by_code(table),
         )
         known = signature_table(table, signatures)
-        metadata = self._spec.stored_metadata()
         with output_errors(self.folder):
-            # First the signatures, so that a part that exists has them.
-            write_durably(part.signatures, lambda target: write_part(known, part, metadata, target))
-            write_durably(part.path, lambda target: write_part(table, part, metadata, target))
+            try:
+                self._write(part, table, known)
+            except OSError:
+                # What is written ahead may have taken the last space.
+                if self._ahead is None or not self._ahead.discard():
+                    raise
+                self._write(part, table, known)
         self._parts.append(part)
+        if self._ahead is not None:
+            self._ahead.add(part.path)
+
+    def _write(self, part: Part, table: pa.Table, signatures: pa.Table) -> None:
+        """First the signatures, so that a part that exists has them."""
+        assert self._spec is not None
+        metadata = self._spec.stored_metadata()
+        write_durably(part.signatures, lambda target: write_part(signatures, part, metadata, target))
+        write_durably(part.path, lambda target: write_part(table, part, metadata, target))
 
     def finalise(self, rows_expected: int | None, notes: Sequence[str] = ()) -> None:
         """Make the committed parts the output, under its name, and remove the staging folder.
@@ -209,7 +233,7 @@ class Staging:
             self._previous.close()
         with output_errors(self.place.out):
             old_files = self._final.files if self._final is not None else []
-            finalise(self.place, self._spec, self._parts, [*notes], old_files)
+            finalise(self.place, self._spec, self._parts, [*notes], old_files, self._ahead)
         # The lock file went with the staging folder: another run may already have a new one.
         self._lock.release()
         self.complete = True

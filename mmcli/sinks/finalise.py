@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from mmcli.core.durable import fsync_file, fsync_folder, make_folder, remove, write_json
 from mmcli.core.errors import MmcliError
+from mmcli.sinks.ahead import Ahead
 from mmcli.sinks.formats import load_format
 from mmcli.sinks.outputs import SWAP_FILE, RunSpec, encode_schema, read_swap
 from mmcli.sinks.parquet import ParquetFormat, parquet_writer
@@ -27,12 +28,21 @@ FINAL_FOLDER = "final"
 Moves = list[tuple[Path, Path]]
 
 
-def finalise(place: Place, spec: RunSpec, parts: Sequence[Part], notes: list[str], old_files: list[str]) -> None:
+def finalise(
+    place: Place,
+    spec: RunSpec,
+    parts: Sequence[Part],
+    notes: list[str],
+    old_files: list[str],
+    ahead: Ahead | None = None,
+) -> None:
     """Write the finished output beside its parts, then move it to its name.
 
-    `old_files`: what a finished folder that is replaced consists of. Needs the space of the parts once more,
-    save for a folder of Parquet. Raises OSError, StateMismatch for a damaged part, MmcliError when the format did
-    not write every row; then the parts are as they were.
+    old_files  what a finished folder that is replaced consists of
+    ahead      what is written already
+
+    Needs the space of the parts once more, save for a folder of Parquet. Raises OSError, StateMismatch for a
+    damaged part, MmcliError when the format did not write every row; then the parts are as they were.
     """
     final = place.staging / FINAL_FOLDER
     remove(final)
@@ -46,7 +56,7 @@ def finalise(place: Place, spec: RunSpec, parts: Sequence[Part], notes: list[str
         "complete": True,
     }
     try:
-        moves = _prepare(place, spec, parts, metadata)
+        moves = _prepare(place, spec, parts, metadata, ahead)
         _sync(final)
     except BaseException:
         shutil.rmtree(final, ignore_errors=True)
@@ -66,7 +76,9 @@ def finalise(place: Place, spec: RunSpec, parts: Sequence[Part], notes: list[str
     apply_swap(place)
 
 
-def _prepare(place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any]) -> Moves:
+def _prepare(
+    place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any], ahead: Ahead | None
+) -> Moves:
     """Write everything that belongs to the output; returns (where it is, where it goes).
 
     Last comes what makes the output a finished one: a folder's _SUCCESS.json, else the file itself.
@@ -74,7 +86,7 @@ def _prepare(place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[
     final = place.staging / FINAL_FOLDER
     signatures = final / place.signatures.name
     _write_signatures(parts, metadata["fingerprint"], signatures)
-    product = _write_product(place, spec, parts, metadata)
+    product = _write_product(place, spec, parts, metadata, ahead)
     moves = [(signatures, place.signatures), *product]
     described = {**metadata, "arrow_schema": encode_schema(spec.schema)}
     if place.folder:
@@ -89,13 +101,18 @@ def _prepare(place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[
     return moves
 
 
-def _write_product(place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any]) -> Moves:
+def _write_product(
+    place: Place, spec: RunSpec, parts: Sequence[Part], metadata: dict[str, Any], ahead: Ahead | None
+) -> Moves:
     """The output's own files."""
     made = load_format(spec.format)
     if place.folder and isinstance(made, ParquetFormat):
         return [(part.path, place.out / part_name(n)) for n, part in enumerate(parts)]
     target = place.staging / FINAL_FOLDER / f"out-{place.out.name}"
-    rows = made.write([part.path for part in parts], spec.schema.with_metadata(_keys(metadata)), target)
+    paths, schema = [part.path for part in parts], spec.schema.with_metadata(_keys(metadata))
+    rows = None if ahead is None else ahead.take(paths, schema, target)
+    if rows is None:
+        rows = made.write(paths, schema, target)
     if rows != metadata["rows"]:
         raise MmcliError(f"internal error: {rows} of {metadata['rows']} rows were written as {spec.format}")
     if not place.folder:

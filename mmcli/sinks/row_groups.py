@@ -96,50 +96,57 @@ class GroupSource:
 
 
 class GroupFile:
-    """A new Parquet file of `schema`, its metadata included. After an error it is no valid file.
+    """A new Parquet file with the columns of `schema`. It is a valid file once it is finished.
 
     options  of pyarrow's ParquetWriter
+    size     bytes written so far
     """
 
     def __init__(self, target: Path, schema: pa.Schema, options: dict[str, Any]) -> None:
         self._options = options
         self._file = target.open("wb", buffering=0)
-        self._at = 0
+        self.size = 0
         self._write(MAGIC)
         self._groups: list[Struct] = []
-        # What a file without rows says of its columns, and metadata.
-        self._footer = self._encoded(schema.empty_table())[0]
+        self._schema = self._encoded(schema.empty_table())[0][_FILE_SCHEMA]
         self.rows = 0
 
     def add(self, group: Group) -> None:
         """A row group of another file. Raises ValueError where that has other columns."""
-        if group.schema != self._footer[_FILE_SCHEMA]:
+        if group.schema != self._schema:
             raise ValueError("the columns of a row group are not those of the file")
-        begin, columns = self._at, []
+        begin, columns = self.size, []
         for column, pages in zip(group.described[_GROUP_COLUMNS][1][1], group.pages, strict=True):
-            columns.append(_moved(column, self._at - _begin(column[_COLUMN_DATA][1])))
+            columns.append(_moved(column, self.size - _begin(column[_COLUMN_DATA][1])))
             self._write(pages)
         self._describe(group.described, columns, begin)
 
     def write(self, table: pa.Table) -> None:
         """Rows as one more row group."""
         footer, content = self._encoded(table)
-        begin = self._at
+        begin = self.size
         # It begins with the magic number, as this file does.
         self._write(content[len(MAGIC) :])
         for group in footer[_FILE_GROUPS][1][1]:
             columns = [_moved(column, begin - len(MAGIC)) for column in group[_GROUP_COLUMNS][1][1]]
             self._describe(group, columns, begin)
 
-    def close(self, whole: bool = True) -> None:
-        """Write the footer, if the file is `whole`."""
-        try:
-            if whole:
-                rows, groups = (I64, self.rows), (LIST, (STRUCT, self._groups))
-                footer = struct_bytes({**self._footer, _FILE_ROWS: rows, _FILE_GROUPS: groups})
-                self._write(footer + struct.pack("<I4s", len(footer), MAGIC))
-        finally:
-            self._file.close()
+    def sync(self) -> None:
+        """Make durable what is written."""
+        os.fsync(self._file.fileno())
+
+    def finish(self, schema: pa.Schema) -> None:
+        """Write the footer, with the metadata of a schema of the same columns, and close the file."""
+        # What a file without rows says of its columns, and metadata.
+        empty = self._encoded(schema.empty_table())[0]
+        rows, groups = (I64, self.rows), (LIST, (STRUCT, self._groups))
+        footer = struct_bytes({**empty, _FILE_ROWS: rows, _FILE_GROUPS: groups})
+        self._write(footer + struct.pack("<I4s", len(footer), MAGIC))
+        self.close()
+
+    def close(self) -> None:
+        """Without a footer, unless it is there."""
+        self._file.close()
 
     def _encoded(self, table: pa.Table) -> tuple[Struct, memoryview]:
         """The table as a file of its own: its footer, and the bytes in front of it."""
@@ -161,7 +168,7 @@ class GroupFile:
         # Without a buffer a call may write less: on a full disk it does, and the next one says why.
         while view.nbytes:
             view = view[self._file.write(view) :]
-        self._at += len(data)
+        self.size += len(data)
 
 
 def _begin(column: Struct) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,10 @@ def _read_npy(out: Path) -> list[dict[str, Any]]:
 def leftovers(folder: Path) -> list[str]:
     """Names of unfinished business anywhere in a folder."""
     return [p.name for p in folder.rglob("*") if p.name.endswith((".mmcli", ".tmp", ".trash", ".part"))]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)

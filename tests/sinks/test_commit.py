@@ -13,11 +13,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sink_rows import OUTPUTS, SCHEMA, D, expected, leftovers, read_rows, signature_of, spec, table, write
+from sink_rows import (
+    OUTPUTS,
+    SCHEMA,
+    D,
+    expected,
+    leftovers,
+    read_rows,
+    signature_of,
+    spec,
+    table,
+    wait_until,
+    write,
+)
 
 from mmcli.core.errors import ConfigError, MmcliError, OutputError, StateMismatch
 from mmcli.sinks.commit import Staging
 from mmcli.sinks.outputs import read_output
+from mmcli.sinks.parquet import COPIED_ROWS
 from mmcli.sinks.parts import ERRORS_KEY, FINGERPRINT_KEY, JOB_KEY
 from mmcli.sinks.place import Place
 from mmcli.sinks.rows import known_rows
@@ -353,13 +366,44 @@ def test_a_flipped_bit_in_a_part_is_found_when_it_is_read(tmp_path: Path) -> Non
     out = f"{tmp_path}/out.parquet"
     write(out, spec("parquet"), [4, 200], finalise=False)
     part = tmp_path / "out.parquet.mmcli" / "part-000001.parquet"
+    flip_a_vector(part)
+    with pytest.raises(StateMismatch, match=r"part-000001\.parquet is damaged"):
+        write(out, spec("parquet"), [200])
+    assert not os.path.exists(out)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_finished_file_is_written_while_parts_are_committed(tmp_path: Path, resumed: bool) -> None:
+    """Shown by a part that is damaged after it was copied, and by one that is damaged before."""
+    out, size = f"{tmp_path}/out.parquet", COPIED_ROWS
+    folder = tmp_path / "out.parquet.mmcli"
+    if resumed:
+        write(out, spec("parquet"), [size], finalise=False)
+        assert {p.name for p in folder.iterdir()} == {
+            "lock",
+            "run.json",
+            "part-000000.parquet",
+            "inputs-000000.parquet",
+        }
+    with Staging(out, "parquet") as staging:
+        staging.open(spec("parquet"))
+        for stop in [size, 2 * size, 2 * size + 10][resumed:]:
+            start = staging.next_row
+            staging.commit(table(start, stop), start, [signature_of(row) for row in range(start, stop)])
+        ahead, parts = folder / ".final.tmp", sorted(folder.glob("part-*.parquet"))
+        copied = sum(part.stat().st_size for part in parts[:2]) - 100_000
+        wait_until(lambda: ahead.exists() and ahead.stat().st_size >= copied)
+        flip_a_vector(parts[0])
+        staging.finalise(2 * size + 10)
+    assert read_rows(out, "parquet") == expected(2 * size + 10)
+    assert not folder.exists()
+
+
+def flip_a_vector(part: Path) -> None:
     content = bytearray(part.read_bytes())
     vector = content.find(bytes(table(100, 101).column("embedding").combine_chunks().values.buffers()[1])[: 4 * D])
     content[vector] ^= 1
     part.write_bytes(content)
-    with pytest.raises(StateMismatch, match=r"part-000001\.parquet is damaged"):
-        write(out, spec("parquet"), [200])
-    assert not os.path.exists(out)
 
 
 def test_overlapping_and_missing_parts_are_refused(target: Target) -> None:

@@ -6,11 +6,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from sink_rows import expected, read_rows, spec, write
+from sink_rows import expected, read_rows, signature_of, spec, table, wait_until, write
 
 from mmcli.core.errors import OutputError
+from mmcli.sinks.commit import Staging
 from mmcli.sinks.outputs import read_output
+from mmcli.sinks.parquet import COPIED_ROWS
 from mmcli.sinks.place import check_writable
 
 
@@ -23,6 +26,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a small file system here: {made.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def rows(start: int, stop: int) -> tuple[pa.Table, int, list[bytes]]:
+    """What is committed."""
+    return table(start, stop), start, [signature_of(row) for row in range(start, stop)]
 
 
 def fill(folder: Path, leave: int) -> Path:
@@ -58,6 +66,23 @@ def test_a_full_disk_keeps_what_is_committed(small_disk: Path, leave: int) -> No
     filler.unlink()
     write(out, spec("parquet"), [8, 12, 20])
     assert read_rows(out, "parquet") == expected(20)
+
+
+def test_what_is_written_ahead_gives_way_to_parts(small_disk: Path) -> None:
+    """Both parts fit on 1 MB, but not beside the finished file as far as it is written."""
+    out, stops = f"{small_disk}/out.parquet", [COPIED_ROWS, 7 * COPIED_ROWS // 2]
+    with Staging(out, "parquet") as staging:
+        staging.open(spec("parquet"))
+        staging.commit(*rows(0, stops[0]))
+        ahead = staging.folder / ".final.tmp"
+        wait_until(lambda: ahead.exists() and ahead.stat().st_size > 250_000)
+        staging.commit(*rows(*stops))
+        with pytest.raises(OutputError, match="No space left"):
+            staging.finalise(stops[-1])
+    assert read_output(out).rows == stops[-1]
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    write(out, spec("parquet"), stops)
+    assert read_rows(out, "parquet") == expected(stops[-1])
 
 
 def test_a_full_disk_keeps_the_old_output(small_disk: Path) -> None:
