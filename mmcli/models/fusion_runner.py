@@ -10,10 +10,10 @@ import torch
 
 from mmcli.core.classified import ClassifiedRows
 from mmcli.core.errors import ModelError
-from mmcli.core.records import Sample
+from mmcli.core.records import Modality, Sample
 from mmcli.models.fusion import MultimodalTransformer, register
 from mmcli.models.fusion_inputs import FusionProcessor, Part
-from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
+from mmcli.models.inputs import PIXELS, Normalize, open_normalization, open_tokenizer
 from mmcli.models.plan import CheckpointPlan, ClassificationPlan
 from mmcli.models.runner import Batch, Collator, TorchRunner, load_model, stack
 from mmcli.models.scores import PendingClassified, classify
@@ -32,7 +32,7 @@ class FusionCollator(Collator):
         self._moved_s, self._moving = 0.0, deque()
         parts: tuple[Part, ...] = plan.detail
         self._pads: dict[str, int] = {}
-        self._pictures: Normalize | None = None
+        self._normalize_named: dict[str, Normalize] = {}
         for part in parts:
             if part.modality == "text":
                 tokenizer = open_tokenizer(part.checkpoint)
@@ -40,8 +40,10 @@ class FusionCollator(Collator):
                     "text.input_ids": tokenizer.pad_token_id or 0,
                     "text.token_type_ids": tokenizer.pad_token_type_id,
                 }
-            elif part.modality == "image":
-                self._pictures = _normalization(part)
+            elif part.modality in ("image", "video"):
+                found = open_normalization(part.checkpoint, part.inputs, part.modality)
+                if found is not None:
+                    self._normalize_named |= {f"{part.modality}.{name}": found for name in PIXELS}
         self._blanks: list[dict[str, np.ndarray]] = []
         if whole:
             # Which sets it to 1, as decode workers want it.
@@ -75,22 +77,14 @@ class FusionCollator(Collator):
         filled = [nothing if array is None else array for array in arrays]
         return stack(filled, self._pads.get(name, 0), self.device.type == "cuda")
 
-    def _to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, modality: Modality, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "present":
             # The model looks at it: on a device that would have to be waited for.
             return tensor
         moved = tensor.to(self.device, non_blocking=True)
-        if name == "image.pixel_values" and moved.dtype == torch.uint8 and self._pictures is not None:
-            moved = self._pictures(moved)
+        if moved.dtype == torch.uint8 and name in self._normalize_named:
+            moved = self._normalize_named[name](moved)
         return moved.to(self._dtype) if moved.is_floating_point() else moved
-
-
-def _normalization(part: Part) -> Normalize | None:
-    try:
-        return Normalize.of(open_image_processor(part.checkpoint))
-    except (AttributeError, TypeError):
-        # A processor of its own kind: the workers send what it gives, already normalised.
-        return None
 
 
 class FusionRunner(TorchRunner, FusionCollator):

@@ -108,6 +108,10 @@ class CheckpointPlan:
         """The checkpoint whose tokenizer or processor makes inputs of a modality."""
         return self.checkpoint
 
+    def inputs_of(self, modality: Modality) -> Inputs:
+        """What that checkpoint takes."""
+        return self.inputs
+
     def describe_model(self) -> dict[str, Any]:
         """The checkpoint, and every setting that changes what any model gives."""
         return {
@@ -155,6 +159,10 @@ class EmbeddingPlan(CheckpointPlan):
     def processor_of(self, modality: Modality) -> Checkpoint:
         """See CheckpointPlan."""
         return next((p.checkpoint for p in self.parts if modality in p.inputs.modalities), self.checkpoint)
+
+    def inputs_of(self, modality: Modality) -> Inputs:
+        """See CheckpointPlan."""
+        return next((p.inputs for p in self.parts if modality in p.inputs.modalities), self.inputs)
 
     def open_processor(self) -> Processor:
         from mmcli.models.inputs import InputProcessor, PartsProcessor

@@ -17,7 +17,7 @@ from mmcli.core.samples import Column, Samples
 from mmcli.models.concurrent import concurrent
 from mmcli.models.device import choose_device, exact_convolutions, keep_freed_memory
 from mmcli.models.head import Similarity
-from mmcli.models.inputs import Normalize, open_image_processor, open_tokenizer
+from mmcli.models.inputs import PIXELS, Normalize, open_normalization, open_tokenizer
 from mmcli.models.packed import pack
 from mmcli.models.pending import PendingVectors
 from mmcli.models.plan import CheckpointPlan, EmbeddingPlan
@@ -61,7 +61,11 @@ class Collator:
         self.device = device
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
         self._fill = _text_fill(plan)
-        self._normalize = _normalization(plan) if plan.inputs.image else None
+        self._normalize: dict[Modality, Normalize] = {}
+        for modality in plan.modalities & {"image", "video"}:
+            found = open_normalization(plan.processor_of(modality), plan.inputs_of(modality), modality)
+            if found is not None:
+                self._normalize[modality] = found
         self._moved_s = 0.0
         self._moving: deque[tuple[Any, Any]] = deque()
 
@@ -95,19 +99,19 @@ class Collator:
             stream = torch.cuda.current_stream(self.device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             stream.record_event(start)
-            moved = {name: self._to_device(name, tensor) for name, tensor in batch.tensors.items()}
+            moved = {n: self._to_device(batch.modality, n, tensor) for n, tensor in batch.tensors.items()}
             stream.record_event(end)
             self._moving.append((start, end))
             return moved
         begun = time.perf_counter()
-        moved = {name: self._to_device(name, tensor) for name, tensor in batch.tensors.items()}
+        moved = {n: self._to_device(batch.modality, n, tensor) for n, tensor in batch.tensors.items()}
         self._moved_s += time.perf_counter() - begun
         return moved
 
-    def _to_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, modality: Modality, name: str, tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.to(self.device, non_blocking=True)
-        if name == "pixel_values" and moved.dtype == torch.uint8 and self._normalize is not None:
-            moved = self._normalize(moved)
+        if name in PIXELS and moved.dtype == torch.uint8 and modality in self._normalize:
+            moved = self._normalize[modality](moved)
         if moved.dtype == torch.int8:
             # A mask of sound (see inputs.AudioProcessor).
             moved = moved.long()
@@ -282,11 +286,3 @@ def _text_fill(plan: CheckpointPlan) -> dict[str, int]:
     # CLIP's towers may take the largest id for the end of a text: a padding token behind it would be taken instead.
     tokens = 0 if getattr(plan.detail, "causal", False) else tokenizer.pad_token_id or 0
     return {"input_ids": tokens, "token_type_ids": tokenizer.pad_token_type_id}
-
-
-def _normalization(plan: CheckpointPlan) -> Normalize | None:
-    try:
-        return Normalize.of(open_image_processor(plan.processor_of("image")))
-    except (AttributeError, TypeError):
-        # A processor of its own kind: the workers send what it gives, already normalised.
-        return None

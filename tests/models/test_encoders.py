@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from mmcli.core.errors import ConfigError, ModelError, RowError
 from mmcli.core.records import Audio, DecodeOptions, Media, Video
 from mmcli.media.decode import decode
+from mmcli.models.inputs import ClipProcessor, open_clip_processor, open_normalization
+from mmcli.models.plan import Inputs, VideoSpec
 
 BATCHES = ((1, 12), (7, 14), (64, 64))
 
@@ -269,6 +271,42 @@ def test_video(name: str, tiny: Callable[[str], Path]) -> None:
         run = Run(folder, pooling=pooling)
         assert run.plan.decode.num_frames == tiny_encoders.FRAMES
         check(run, "video", videos, clip_reference(name, folder, videos, pooling))
+
+
+@pytest.mark.parametrize("name", tiny_encoders.CLIPS)
+def test_frames_equal_the_processors(name: str, tiny: Callable[[str], Path]) -> None:
+    """Sent as bytes, and normalised behind; whatever the size of a clip and the number of its frames.
+
+    Not ViViT's, which adds an offset: what it gives is sent as it is.
+    """
+    checkpoint = plan_of(tiny(name)).checkpoint
+    process, (processor, takes_pictures) = ClipProcessor(checkpoint), open_clip_processor(checkpoint)
+    normalize = open_normalization(checkpoint, Inputs(video=VideoSpec(4, native=True)), "video")
+    assert normalize is not None
+    generator = np.random.default_rng(5)
+    # Of 3 rows or columns the processors would take these for colours.
+    shapes = [(1, 240, 320), (4, 32, 32), (9, 61, 90), *generator.integers(5, 99, (9, 3)).tolist()]
+    for count, height, width in shapes:
+        frames = generator.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        if takes_pictures:
+            wanted = processor([Image.fromarray(frame) for frame in frames], return_tensors="pt")
+        else:
+            wanted = processor([frames], return_tensors="pt", do_sample_frames=False)
+        found = process(Video(frames, np.arange(count) / 25, count / 25)).arrays
+        assert found.keys() == wanted.keys()
+        for key, array in found.items():
+            assert array.dtype == (np.float32 if name.startswith("vivit") else np.uint8)
+            normalized = torch.from_numpy(array)
+            if array.dtype == np.uint8:
+                normalized = normalize(normalized)
+            torch.testing.assert_close(normalized, wanted[key].reshape(normalized.shape), atol=1e-6, rtol=1e-6)
+
+
+def test_a_clip_of_hair_thin_frames_is_an_error_row(tiny: Callable[[str], Path]) -> None:
+    process = ClipProcessor(plan_of(tiny("videomae")).checkpoint)
+    with pytest.raises(RowError, match="1 x 100000 pixels: too narrow to be resized") as caught:
+        process(Video(np.zeros((2, 100_000, 1, 3), np.uint8), np.arange(2) / 25, 2 / 25))
+    assert caught.value.code == "too_large"
 
 
 # ------------------------------------------------------------------------------------- what the weights are

@@ -114,17 +114,18 @@ def _encoded(made: Fusion, modality: str, arrays: Mapping[str, np.ndarray]) -> t
     if not arrays:
         return None
     inputs = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
-    if modality == "image":
-        inputs["pixel_values"] = made.batch([Sample("image", _only_picture(made, arrays))])[0]["image.pixel_values"]
+    if modality in ("image", "video"):
+        name, alone = f"{modality}.pixel_values", _only(modality, made, arrays)
+        inputs["pixel_values"] = made.batch([Sample(modality, alone)])[0][name]
     if modality == "audio":
         inputs = {"input_values": inputs["input_values"]}
     encoder = made.model.towers[modality].encoder
     return encoder(**inputs).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def _only_picture(made: Fusion, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    present = np.array([modality == "image" for modality in made.sources])
-    return {"present": present, **{f"image.{name}": array for name, array in arrays.items()}}
+def _only(modality: str, made: Fusion, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    present = np.array([source == modality for source in made.sources])
+    return {"present": present, **{f"{modality}.{name}": array for name, array in arrays.items()}}
 
 
 # Class tokens before those of patches.
