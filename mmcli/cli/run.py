@@ -237,8 +237,11 @@ def sized(batch_size: int, prepared: Prepared) -> BatchSize:
     from mmcli.engines.batching import BatchSize
 
     plan = prepared.planned.plan
-    writes = prepared.planned.task.name not in READING or hasattr(plan, "writer")
-    if prepared.limits.batch_size is not None or writes or getattr(plan, "batch_size", None) is not None:
+    if (
+        prepared.limits.batch_size is not None
+        or not reads(prepared)
+        or getattr(plan, "batch_size", None) is not None
+    ):
         return BatchSize(batch_size)
     if _on_gpu(prepared):
         return BatchSize(batch_size, AUTO_TOKENS_GPU, AUTO_AUDIO_GPU)
@@ -278,6 +281,9 @@ def windows_of(batch_size: int, snapshot: Snapshot, prepared: Prepared) -> Windo
         return WindowSizes(batch_size)
     there = {m for m, count in snapshot.modalities.items() if count}
     asked = prepared.planned.task.name == "ask"
+    if there == {"video"} and reads(prepared):
+        # All have the same frames, and a batch is of so many of these: to wait for more clips gains nothing.
+        return WindowSizes(max(1, batch_size // (prepared.planned.plan.decode.num_frames or 1)))
     fixed = there <= {"image"} and not prepared.variables
     texts = reads_texts(snapshot, prepared)
     return window_sizes(batch_size, lengths_vary=not fixed or asked, texts=texts)
@@ -294,6 +300,11 @@ def reads_texts(snapshot: Snapshot, prepared: Prepared) -> bool:
     """Whether all inputs are texts. Where a model writes, a row takes long, and its prompt is not what takes it."""
     there = {m for m, count in snapshot.modalities.items() if count}
     return there == {"text"} and prepared.planned.task.name in READING
+
+
+def reads(prepared: Prepared) -> bool:
+    """Whether a model looks at its inputs once, and writes nothing."""
+    return prepared.planned.task.name in READING and not hasattr(prepared.planned.plan, "writer")
 
 
 def open_decoder(prepared: Prepared, snapshot: Snapshot) -> Decoder:
