@@ -49,6 +49,25 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
+def check_can_create(folder: Path, name: str) -> None:
+    """Find out whether a file of that name could be created in a folder. Raises OSError.
+
+    By a file without a name, where the system has such: one that is killed right now leaves nothing.
+    """
+    with suppress(FileNotFoundError):
+        # Tells a name that is too long.
+        os.lstat(folder / name)
+    try:
+        os.close(os.open(folder, os.O_WRONLY | os.O_TMPFILE, stat.S_IRUSR | stat.S_IWUSR))
+    except (AttributeError, OSError) as error:
+        # EISDIR: of a kernel that does not know of it.
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        probe = folder / name
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR))
+        probe.unlink()
+
+
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file, then put it in place of `path`, all or nothing.
 

@@ -28,7 +28,7 @@ class Ahead:
     def add(self, part: Path) -> None:
         """The next part is there."""
         if self._thread is not None:
-            self._thread.submit(self._add, self._thread, part)
+            self._thread.submit(self._add, part)
 
     def take(self, parts: Sequence[Path], schema: pa.Schema, target: Path) -> int | None:
         """Finish it as the file `target`, with the metadata of `schema`; returns its rows.
@@ -64,8 +64,9 @@ class Ahead:
             assembly.discard()
         return True
 
-    def _add(self, thread: ThreadPoolExecutor, part: Path) -> None:
-        if self._thread is not thread or (self._added and self._assembly is None):
+    def _add(self, part: Path) -> None:
+        if self._added and self._assembly is None:
+            # One before has failed.
             return
         self._added.append(part)
         try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmcli.core.durable import make_folder, read_json, write_json
+from mmcli.core.durable import check_can_create, make_folder, read_json, write_json
 from mmcli.core.errors import ConfigError, OutputError
 from mmcli.core.state import DamagedState, check_state
 from mmcli.sinks.class_names import Claims, shown
@@ -76,8 +76,7 @@ def _unwritable(folder: Path, copy: bool) -> str | None:
     """Why no links, or copies, can be made there. By trying: permissions tell only half of it."""
     probe = folder / f".{os.getpid()}.mmcli-check.tmp"
     try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        os.unlink(probe)
+        check_can_create(folder, probe.name)
     except OSError as error:
         return f"nothing can be written in {shown(folder)}: {error.strerror or error}"
     if copy:

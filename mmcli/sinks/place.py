@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmcli.core.durable import output_errors
+from mmcli.core.durable import check_can_create, output_errors
 from mmcli.core.errors import ConfigError
 from mmcli.sinks.formats import is_folder
 
@@ -65,7 +64,4 @@ def check_writable(out: str, format_name: str) -> None:
     place.check_parent()
     with output_errors(place.out):
         inside = place.out if place.out.is_dir() else place.out.parent
-        probe = inside / f".{place.out.name}.{os.getpid()}.mmcli-check.tmp"
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
-        os.close(descriptor)
-        probe.unlink()
+        check_can_create(inside, f".{place.out.name}.{os.getpid()}.mmcli-check.tmp")

@@ -126,7 +126,7 @@ class Trial:
     def check(self, complete: dict[str, bytes]) -> None:
         """Every file is that of an undisturbed run, and nothing else is left."""
         content = self.content()
-        assert content.keys() == complete.keys()
+        assert content.keys() == complete.keys(), (self.command, sorted(content), sorted(complete))
         assert [p.name for p in self.folder.iterdir() if p.is_dir()] == []
         for name, data in content.items():
             assert data == complete[name], f"{self.command}: {name} differs:\n{differences(data, complete[name])}"

@@ -362,13 +362,15 @@ def test_a_damaged_list_of_moves_is_named(target: Target, damaged: object) -> No
     assert read_rows(out, format_name) == expected(20)
 
 
-def test_a_flipped_bit_in_a_part_is_found_when_it_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [200, 300])
+def test_a_flipped_bit_in_a_part_is_found_when_it_is_read(tmp_path: Path, rows: int) -> None:
+    """Whether or not there are parts behind it."""
     out = f"{tmp_path}/out.parquet"
     write(out, spec("parquet"), [4, 200], finalise=False)
     part = tmp_path / "out.parquet.mmcli" / "part-000001.parquet"
     flip_a_vector(part)
     with pytest.raises(StateMismatch, match=r"part-000001\.parquet is damaged"):
-        write(out, spec("parquet"), [200])
+        write(out, spec("parquet"), [200, rows])
     assert not os.path.exists(out)
 
 

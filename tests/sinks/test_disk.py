@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,9 +111,25 @@ def test_a_read_only_file_system(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
 
 
-def test_check_writable_leaves_nothing(target: tuple[str, str]) -> None:
+@pytest.mark.parametrize("nameless", [True, False])
+def test_check_writable_leaves_nothing(
+    target: tuple[str, str], nameless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not nameless:
+        # As on macOS.
+        monkeypatch.delattr(os, "O_TMPFILE")
     check_writable(*target)
     assert list(Path(target[0]).parent.iterdir()) == []
+
+
+def test_check_writable_makes_no_name_that_a_kill_could_leave(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_WRONLY | os.O_TMPFILE))
+    except (AttributeError, OSError):
+        pytest.skip("this file system has no files without a name")
+    before = tmp_path.stat().st_mtime_ns
+    check_writable(f"{tmp_path}/out.parquet", "parquet")
+    assert tmp_path.stat().st_mtime_ns == before
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:

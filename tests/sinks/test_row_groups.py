@@ -90,13 +90,14 @@ def test_all_kinds_of_columns(tmp_path: Path) -> None:
     assert pq.read_table(out).equals(whole)
 
 
-def test_wide_rows_are_copied_by_their_bytes(tmp_path: Path) -> None:
+def wide(start: int, stop: int) -> pa.Table:
+    """Of 16 kB a row."""
+    numbers = np.arange(start * 4096, stop * 4096, dtype=np.float32)
     kind = pa.list_(pa.float32(), 4096)
+    return pa.table({"embedding": pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=kind)})
 
-    def wide(start: int, stop: int) -> pa.Table:
-        numbers = np.arange(start * 4096, stop * 4096, dtype=np.float32)
-        return pa.table({"embedding": pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=kind)})
 
+def test_wide_rows_are_copied_by_their_bytes(tmp_path: Path) -> None:
     out, whole = written(tmp_path, [1000, 600, 400], wide)
     assert groups(out) == [1000, 600, 400]
     assert pq.read_table(out).equals(whole)
@@ -106,6 +107,9 @@ def test_a_part_has_equal_row_groups(tmp_path: Path) -> None:
     """None is left over that would have to be encoded again."""
     write_table(table(0, GROUP_ROWS + 10), tmp_path / "part.parquet")
     assert groups(tmp_path / "part.parquet") == [GROUP_ROWS // 2 + 5] * 2
+    # Of 64 MB.
+    write_table(wide(0, 4000), tmp_path / "part.parquet")
+    assert groups(tmp_path / "part.parquet") == [2000, 2000]
 
 
 def test_no_rows_at_all(tmp_path: Path) -> None:
