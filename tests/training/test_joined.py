@@ -84,6 +84,7 @@ PAIRS = [
     {"audio": "hubert-layer", "image": "vit"},
     {"video": "videomae", "text": "roberta"},
     {"video": "vjepa2", "audio": "audio-spectrogram-transformer"},
+    {"video": "videomae-new", "image": "vit"},
 ]
 
 
