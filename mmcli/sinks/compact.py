@@ -1,7 +1,8 @@
 """Thrift's compact protocol: what Parquet's footers and page headers are written in.
 
 Specification: doc/specs/thrift-compact-protocol.md of Apache Thrift. Structs are dicts of field id -> (type, value)
-in the order that they were written in, so fields that nobody here knows are written again as they were read.
+in the order that they were written in, so fields that nobody here knows are written again as they were read. To be
+written, a struct may also be given as its bytes.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def _write_value(out: bytearray, kind: int, value: Any) -> None:
                 out.append(element)
             else:
                 _write_value(out, of, element)
+    elif kind == STRUCT and isinstance(value, bytes):
+        out += value
     elif kind == STRUCT:
         _write_struct(out, value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,23 @@ def test_wide_rows_are_copied_by_their_bytes(tmp_path: Path) -> None:
     out, whole = written(tmp_path, [1000, 600, 400], wide)
     assert groups(out) == [1000, 600, 400]
     assert pq.read_table(out).equals(whole)
+
+
+def test_memory_hardly_grows_with_row_groups(tmp_path: Path) -> None:
+    """10 million rows of 4,096 numbers are 5,000 of them: what is kept of these stays within some MB."""
+    part = tmp_path / "part.parquet"
+    write_table(table(0, COPIED_ROWS), part)
+    assembly = ParquetFormat().assembly(tmp_path / "out.parquet", SCHEMA)
+    assembly.add([part])
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        assembly.add([part] * 50)
+        assert tracemalloc.get_traced_memory()[0] - before < 50 * 3000
+    finally:
+        tracemalloc.stop()
+    assert assembly.finish(SCHEMA) == 51 * COPIED_ROWS
+    assert groups(tmp_path / "out.parquet") == [COPIED_ROWS] * 51
 
 
 def test_a_part_has_equal_row_groups(tmp_path: Path) -> None:
