@@ -1,4 +1,8 @@
-"""Parameters that are tried in the long run alone: `python -m pytest -m slow`."""
+"""Parameters that are tried in the long run alone: `python -m pytest -m slow`.
+
+What each family of models gives is compared with its reference every time. What is built on that, and goes one way
+for all of them, is tried with a kind of each every time, and with all in the long run.
+"""
 
 from __future__ import annotations
 

@@ -9,9 +9,11 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def pack_small_layers() -> Iterator[None]:
-    """On a CPU the linear layers of tiny models are packed as those of real ones are."""
+    """On a CPU the layers of tiny models are packed as those of real ones are."""
     from mmcli.models import packed
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(packed, "LEAST_WEIGHTS", 0)
+        # Patches of 2 x 2.
+        patched.setattr(packed, "LEAST_PATCH", 4)
         yield

@@ -1,7 +1,8 @@
-"""Packed linear layers: the same numbers as torch's own, in any shape; never where weights may still change."""
+"""Packed layers: the same numbers as torch's own, in any shape; never where weights may still change."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -64,6 +65,65 @@ def test_the_numbers_are_those_of_torch(shape: str, kind: str, dtype: torch.dtyp
     # bfloat16 has 8 bits.
     exact = dtype == torch.float32
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if exact else 2**-8, atol=1e-5 if exact else 1e-3)
+
+
+PATCHES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "pictures": (nn.Conv2d(3, 24, 4, 4), (2, 3, 12, 20)),
+    "wide patches": (nn.Conv2d(3, 24, (4, 8), (4, 8)), (2, 3, 12, 16)),
+    "without bias": (nn.Conv2d(3, 24, 4, 4, bias=False), (2, 3, 12, 20)),
+    "pixels left over": (nn.Conv2d(3, 24, 4, 4), (2, 3, 15, 22)),
+    "spectrograms": (nn.Conv2d(1, 24, 4, 4, padding="valid"), (2, 1, 12, 20)),
+    "no pictures": (nn.Conv2d(3, 24, 4, 4), (0, 3, 12, 20)),
+    "clips": (nn.Conv3d(3, 24, (2, 4, 4), (2, 4, 4)), (2, 3, 4, 8, 12)),
+    "a frame left over": (nn.Conv3d(3, 24, (2, 4, 4), (2, 4, 4)), (2, 3, 5, 8, 12)),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, "channels last"], ids=str)
+@pytest.mark.parametrize("kind", PATCHES)
+def test_patches_are_those_of_torch(kind: str, layout: torch.memory_format | str) -> None:
+    layer, shape = PATCHES[kind]
+    model = nn.Sequential(copy.deepcopy(layer)).eval()
+    pixels = torch.randn(shape)
+    if layout == "channels last":
+        pixels = pixels.movedim(1, -1).contiguous().movedim(-1, 1)
+    with torch.inference_mode():
+        wanted = layer(pixels)
+        assert pack(model) == 1
+        found = model(pixels)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    # As models go on: their tokens, without a copy.
+    assert found.flatten(2).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 12), (2, 4, 12, 12), (3, 12, 12, 12, 1)])
+def test_pixels_that_torch_refuses_are_refused_in_its_words(shape: tuple[int, ...]) -> None:
+    layer = nn.Conv2d(3, 24, 4, 4)
+    model = nn.Sequential(copy.deepcopy(layer))
+    pack(model)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError) as wanted:
+            layer(torch.randn(shape))
+        with pytest.raises(RuntimeError) as found:
+            model(torch.randn(shape))
+        assert str(found.value) == str(wanted.value)
+        # One without a batch it takes.
+        torch.testing.assert_close(model(torch.ones(3, 8, 8)), layer(torch.ones(3, 8, 8)))
+
+
+def test_convolutions_that_read_a_pixel_twice_or_never_are_left_as_they_are() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 4, 2),
+        nn.Conv2d(3, 24, 4, 5),
+        nn.Conv2d(3, 24, 4, 4, padding=1),
+        nn.Conv2d(3, 24, 4, 4, dilation=2),
+        nn.Conv2d(4, 24, 4, 4, groups=2),
+        nn.Conv2d(3, 24, 1, 1),
+        nn.Conv2d(3, 24, 4, 4, dtype=torch.bfloat16),
+        nn.Conv1d(3, 24, 16, 16),
+    )
+    assert pack(model) == 0
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

@@ -17,4 +17,5 @@ def pack_small_layers() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(packed, "LEAST_WEIGHTS", 0)
+        patched.setattr(packed, "LEAST_PATCH", 4)
         yield

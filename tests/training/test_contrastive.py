@@ -12,6 +12,7 @@ import pytest
 import tiny_dual
 import torch
 from PIL import Image
+from rare import rarely
 from safetensors.torch import load_file
 from training_runs import sound_rows, still, trainer_of
 
@@ -78,8 +79,11 @@ def clip_pairs(count: int) -> list[Row]:
 
 @pytest.mark.parametrize(
     "name",
-    ["clip", "clip video", "siglip", "siglip2", "chinese_clip", "vision_text", "align", "clap", "xclip", "flava",
-     "blip_retrieval"],
+    rarely(
+        ["clip", "clip video", "siglip", "siglip2", "chinese_clip", "vision_text", "align", "clap", "xclip",
+         "flava", "blip_retrieval"],
+        {"clip", "clip video", "siglip", "flava", "clap"}.__contains__,
+    ),
 )  # fmt: skip
 def test_a_batch_in_pieces_has_the_gradients_of_the_whole(tmp_path: Path, name: str) -> None:
     base = still(tiny_dual.BUILDERS[name.split()[0]](tmp_path / "base"))

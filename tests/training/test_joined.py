@@ -88,7 +88,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("names", PAIRS, ids=lambda names: "-".join(names.values()))
+@pytest.mark.parametrize(
+    "names", rarely(PAIRS, lambda names: names in PAIRS[::2]), ids=lambda names: "-".join(names.values())
+)
 def test_vectors_are_those_of_the_encoders_projected(tmp_path: Path, names: dict[str, str]) -> None:
     """The vectors of `mmcli embed -m ENCODER`, times the projection, divided by their length."""
     folders = encoders(tmp_path, **names)
@@ -268,10 +270,14 @@ def gradients(folders: dict[str, Path], rows: Sequence[Row], loss: Any, pieces: 
     "names",
     [
         {"image": "vit", "text": "bert"},
-        {"image": "resnet", "text": "distilbert"},
         {"audio": "wav2vec2-group", "text": "bert"},
-        {"audio": "hubert-layer", "text": "bert"},
-        {"video": "videomae", "text": "bert"},
+        *rarely(
+            [
+                {"image": "resnet", "text": "distilbert"},
+                {"audio": "hubert-layer", "text": "bert"},
+                {"video": "videomae", "text": "bert"},
+            ]
+        ),
     ],
     ids=lambda names: "-".join(names.values()),
 )
