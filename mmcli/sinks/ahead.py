@@ -50,19 +50,22 @@ class Ahead:
         return rows
 
     def discard(self) -> bool:
-        """Throw it away, and begin no other. Returns whether there was anything."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.shutdown(cancel_futures=True)
-        return self._drop()
+        """Throw it away, and begin no other. Returns whether there was anything, which is so once.
 
-    def _drop(self) -> bool:
-        assembly, self._assembly = self._assembly, None
-        if assembly is None:
+        Also where the thread has thrown it away by itself: on a full disk it fails as the commit beside it does.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
             return False
-        with suppress(OSError):
-            assembly.discard()
-        return True
+        thread.shutdown(cancel_futures=True)
+        self._drop()
+        return bool(self._added)
+
+    def _drop(self) -> None:
+        assembly, self._assembly = self._assembly, None
+        if assembly is not None:
+            with suppress(OSError):
+                assembly.discard()
 
     def _add(self, part: Path) -> None:
         if self._added and self._assembly is None:

@@ -46,6 +46,7 @@ from mmcli.sinks.outputs import (
     SWAP_FILE,
     OutputInfo,
     RunSpec,
+    decode_schema,
     encode_schema,
     finished_output,
     read_run,
@@ -264,6 +265,7 @@ class Staging:
             parts = read_parts(self.folder)
             # One that has committed nothing binds nobody.
             run = read_run(self.folder) if parts else None
+            columns = decode_schema(run, str(self.folder / RUN_FILE)) if run is not None else spec.schema
         except StateMismatch:
             if mode != "overwrite":
                 raise
@@ -273,7 +275,7 @@ class Staging:
             raise _mismatch(f"{self.folder} holds an interrupted --update", changed, mode)
         if run is None:
             return self._set_aside() if mode == "update" and parts else self._discard()
-        changed = differences(run["job"], spec.job.to_dict())
+        changed = differences(run["job"], spec.job.to_dict()) + columns_differ(columns, spec.schema)
         if mode == "new" and changed:
             raise _mismatch(f"{self.folder} holds an interrupted run of another command", changed, mode)
         if mode == "update" and without_inputs(run["job"]) != spec.job.without_inputs().to_dict():
@@ -352,6 +354,23 @@ def _rows(folder: Path) -> int:
     except (StateMismatch, OSError):
         return 0
     return parts[-1].stop if parts else 0
+
+
+def columns_differ(old: pa.Schema, new: pa.Schema) -> list[str]:
+    """Lines as `differences` gives them. The same command has other columns in another version of mmcli."""
+    if old.equals(new):
+        return []
+
+    def told(schema: pa.Schema, name: str) -> str:
+        if name not in schema.names:
+            return "missing"
+        field = schema.field(name)
+        return f"{field.type}{'' if field.nullable else ' not null'}"
+
+    names = dict.fromkeys([*old.names, *new.names])
+    pairs = {name: (told(old, name), told(new, name)) for name in names}
+    lines = [f"column {name}: was {a}, is {b}" for name, (a, b) in pairs.items() if a != b]
+    return lines or [f"columns: were {', '.join(old.names)}, are {', '.join(new.names)}"]
 
 
 def _mismatch(what: str, changed: list[str], mode: Mode) -> StateMismatch:

@@ -98,12 +98,13 @@ class Assembly:
     """A Parquet file of parts. After an error it is to be discarded."""
 
     def __init__(self, target: Path, schema: pa.Schema) -> None:
-        self._target, self._file = target, GroupFile(target, schema, writer_options(schema))
+        self._target, self._schema = target, schema
+        self._file = GroupFile(target, schema, writer_options(schema))
         self._small = GroupWriter(self._file.write)
 
     def add(self, parts: Iterable[Path]) -> None:
         """Copy their rows. Raises OSError, StateMismatch for a damaged part."""
-        for piece in _ahead(_pieces(parts)):
+        for piece in _ahead(_pieces(parts, self._file, self._schema)):
             if isinstance(piece, Group):
                 self._small.flush()
                 self._file.add(piece)
@@ -116,14 +117,16 @@ class Assembly:
         self._file.sync()
 
     def finish(self, schema: pa.Schema) -> int:
-        """Make it a valid file, with the metadata of `schema`; returns its rows, as it is read."""
+        """Make it a valid file, with the metadata of `schema`; returns its rows."""
         self._small.flush()
         self._file.finish(schema)
-        return int(pq.read_metadata(self._target).num_rows)
+        return self._file.rows
 
     def discard(self) -> None:
-        self._file.close()
-        self._target.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:
+            self._target.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -205,14 +208,19 @@ def _row_groups(parts: Iterable[Path], columns: Sequence[str] | None) -> Iterato
                 yield file.read_row_group(group, columns=columns)
 
 
-def _pieces(parts: Iterable[Path]) -> Iterator[pa.Table | Group]:
-    """The row groups of the parts: large ones as they are, others as tables."""
+def _pieces(parts: Iterable[Path], target: GroupFile, schema: pa.Schema) -> Iterator[pa.Table | Group]:
+    """The row groups of the parts: large ones as they are, where `target` takes them, others as tables."""
     for part in parts:
         with damaged_part(part), open_parquet(part) as file, GroupSource(part) as source:
+            # What another version of Arrow has written may be described in other words.
+            if source.schema != target.schema and not file.schema_arrow.equals(schema):
+                what = f"{part} has other columns than the output"
+                raise StateMismatch(what, hint="add --overwrite to start anew")
             for number in range(file.num_row_groups):
                 found = file.metadata.row_group(number)
                 large = found.num_rows >= COPIED_ROWS or found.total_byte_size >= COPIED_BYTES
-                yield source.group(number) if large else file.read_row_group(number)
+                copied = large and target.takes(source, number)
+                yield source.group(number) if copied else file.read_row_group(number)
 
 
 @contextmanager

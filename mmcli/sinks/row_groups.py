@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,11 @@ _FILE_SCHEMA, _FILE_ROWS, _FILE_GROUPS = 2, 3, 4
 _GROUP_COLUMNS, _GROUP_ROWS, _GROUP_OFFSET, _GROUP_ORDINAL = 1, 3, 5, 7
 # Of a column in it (ColumnChunk), and what is behind the pages: indexes, which are not copied.
 _COLUMN_OFFSET, _COLUMN_DATA, _COLUMN_INDEXES = 2, 3, (4, 5, 6, 7)
-# Of its ColumnMetaData.
+# Of its ColumnMetaData: its type, its path and how its pages are compressed; then what it holds, and where.
+_DATA_KIND, _DATA_VALUES = (1, 3, 4), 5
 _DATA_BYTES, _DATA_PAGES, _INDEX_PAGE, _DICTIONARY, _BLOOM = 7, 9, 10, 11, (14, 15)
-# Of a page's header.
-_PAGE_BYTES, _PAGE_CHECKSUM = 3, 4
+# Of a page's header; and of one of data, of version 1 or 2, how many values there are.
+_PAGE_BYTES, _PAGE_CHECKSUM, _PAGE_DATA, _PAGE_VALUES = 3, 4, (5, 8), 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,18 @@ class GroupSource:
     ) -> None:
         self._file.close()
 
+    @property
+    def schema(self) -> Any:
+        """The columns of the file, as its footer describes them."""
+        return self._footer.get(_FILE_SCHEMA)
+
+    def kinds(self, number: int) -> list[Any]:
+        """Of each column of that row group its type, its path and how it is compressed."""
+        try:
+            return _kinds(self._footer[_FILE_GROUPS][1][1][number])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError("the footer lacks something") from error
+
     def group(self, number: int) -> Group:
         """That one, the checksums of its pages verified."""
         pages = []
@@ -71,12 +85,15 @@ class GroupSource:
             for column in group[_GROUP_COLUMNS][1][1]:
                 data: Struct = column[_COLUMN_DATA][1]
                 pages.append(self._read(_begin(data), data[_DATA_BYTES][1]))
-                check_pages(pages[-1])
+                if check_pages(pages[-1]) != data[_DATA_VALUES][1]:
+                    raise ValueError("a column has not as many values as its pages")
             return Group(self._footer[_FILE_SCHEMA], group, tuple(pages))
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError("the footer lacks something") from error
 
     def _read(self, start: int, count: int) -> bytes:
+        if start < 0 or count < 0:
+            raise ValueError("pages are told to be in front of the file")
         found = os.pread(self._file.fileno(), count, start)
         while len(found) < count:
             more = os.pread(self._file.fileno(), count - len(found), start + len(found))
@@ -99,6 +116,7 @@ class GroupFile:
     """A new Parquet file with the columns of `schema`. It is a valid file once it is finished.
 
     options  of pyarrow's ParquetWriter
+    schema   its columns, as its footer describes them
     size     bytes written so far
     """
 
@@ -107,14 +125,21 @@ class GroupFile:
         self._file = target.open("wb", buffering=0)
         self.size = 0
         self._write(MAGIC)
-        # As bytes, 1 kB each; structs are 33, and of 10 million vectors of 4,096 numbers there would be 160 MB.
-        self._groups: list[bytes] = []
-        self._schema = self._encoded(schema.empty_table())[0][_FILE_SCHEMA]
-        self.rows = 0
+        # What the footer is to say of each row group, 1 to 11 kB, is kept in a file without a name: of 10 million
+        # texts of 5 kB it would be 66 MB.
+        self._described = tempfile.TemporaryFile(dir=target.parent)  # noqa: SIM115 - closed with the other one
+        self._groups = self.rows = 0
+        empty = self._encoded(schema.empty_table())[0]
+        self.schema = empty[_FILE_SCHEMA]
+        self._kinds = _kinds(empty[_FILE_GROUPS][1][1][0])
+
+    def takes(self, source: GroupSource, number: int) -> bool:
+        """Whether that row group can be added as it is. Raises ValueError where its file is damaged."""
+        return bool(source.schema == self.schema and source.kinds(number) == self._kinds)
 
     def add(self, group: Group) -> None:
         """A row group of another file. Raises ValueError where that has other columns."""
-        if group.schema != self._schema:
+        if group.schema != self.schema or _kinds(group.described) != self._kinds:
             raise ValueError("the columns of a row group are not those of the file")
         begin, columns = self.size, []
         for column, pages in zip(group.described[_GROUP_COLUMNS][1][1], group.pages, strict=True):
@@ -125,6 +150,8 @@ class GroupFile:
     def write(self, table: pa.Table) -> None:
         """Rows as one more row group."""
         footer, content = self._encoded(table)
+        if footer[_FILE_SCHEMA] != self.schema:
+            raise ValueError("the columns of a table are not those of the file")
         begin = self.size
         # It begins with the magic number, as this file does.
         self._write(content[len(MAGIC) :])
@@ -140,14 +167,26 @@ class GroupFile:
         """Write the footer, with the metadata of a schema of the same columns, and close the file."""
         # What a file without rows says of its columns, and metadata.
         empty = self._encoded(schema.empty_table())[0]
-        rows, groups = (I64, self.rows), (LIST, (STRUCT, self._groups))
-        footer = struct_bytes({**empty, _FILE_ROWS: rows, _FILE_GROUPS: groups})
-        self._write(footer + struct.pack("<I4s", len(footer), MAGIC))
+        # Where they go, for the first one; the others take no place in the struct.
+        mark = os.urandom(16)
+        groups = (LIST, (STRUCT, [mark, *[b""] * (self._groups - 1)] if self._groups else []))
+        footer = struct_bytes({**empty, _FILE_ROWS: (I64, self.rows), _FILE_GROUPS: groups})
+        before, _, behind = footer.partition(mark)
+        begin = self.size
+        self._write(before)
+        self._described.seek(0)
+        while described := self._described.read(2**20):
+            self._write(described)
+        self._write(behind)
+        self._write(struct.pack("<I4s", self.size - begin, MAGIC))
         self.close()
 
     def close(self) -> None:
         """Without a footer, unless it is there."""
-        self._file.close()
+        try:
+            self._file.close()
+        finally:
+            self._described.close()
 
     def _encoded(self, table: pa.Table) -> tuple[Struct, memoryview]:
         """The table as a file of its own: its footer, and the bytes in front of it."""
@@ -162,7 +201,8 @@ class GroupFile:
     def _describe(self, group: Struct, columns: list[Struct], begin: int) -> None:
         moved = {number: field for number, field in group.items() if number != _GROUP_ORDINAL}
         described = {**moved, _GROUP_COLUMNS: (LIST, (STRUCT, columns)), _GROUP_OFFSET: (I64, begin)}
-        self._groups.append(struct_bytes(described))
+        self._described.write(struct_bytes(described))
+        self._groups += 1
         self.rows += group[_GROUP_ROWS][1]
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -171,6 +211,12 @@ class GroupFile:
         while view.nbytes:
             view = view[self._file.write(view) :]
         self.size += len(data)
+
+
+def _kinds(group: Struct) -> list[Any]:
+    """Of each column of a row group its type, its path and how it is compressed."""
+    columns = [column[_COLUMN_DATA][1] for column in group[_GROUP_COLUMNS][1][1]]
+    return [[data.get(number) for number in _DATA_KIND] for data in columns]
 
 
 def _begin(column: Struct) -> int:
@@ -191,9 +237,12 @@ def _moved(column: Struct, by: int) -> Struct:
     return {number: field for number, field in moved.items() if number not in _COLUMN_INDEXES}
 
 
-def check_pages(pages: bytes) -> None:
-    """Of one column, one behind the other. Raises ValueError where a checksum is wrong, or a page is cut off."""
-    view, at = memoryview(pages), 0
+def check_pages(pages: bytes) -> int:
+    """Of one column, one behind the other: how many values they hold.
+
+    Raises ValueError where a checksum is wrong, or a page is cut off.
+    """
+    view, at, values = memoryview(pages), 0, 0
     while at < len(view):
         header, at = read_struct(view, at)
         size = header.get(_PAGE_BYTES, (0, -1))[1]
@@ -203,4 +252,6 @@ def check_pages(pages: bytes) -> None:
         # Thrift has no unsigned numbers.
         if wanted is not None and zlib.crc32(view[at : at + size]) != wanted & 0xFFFFFFFF:
             raise ValueError("the checksum of a page is wrong")
+        values += sum(header[kind][1][_PAGE_VALUES][1] for kind in _PAGE_DATA if kind in header)
         at += size
+    return values

@@ -408,6 +408,44 @@ def flip_a_vector(part: Path) -> None:
     part.write_bytes(content)
 
 
+@pytest.mark.parametrize("rows", [8, COPIED_ROWS])
+def test_parts_with_the_columns_of_another_version(target: Target, rows: int) -> None:
+    """Refused before anything is computed, whatever their size, and whatever is left to do."""
+    out, format_name = target
+    other = SCHEMA.remove(SCHEMA.get_field_index("error_stage"))
+    old = spec(format_name, schema=other)
+    with Staging(out, format_name) as staging:
+        staging.open(old)
+        staging.commit(table(0, rows).select(other.names), 0, [signature_of(row) for row in range(rows)])
+    for stop in (rows, rows + 4):
+        with pytest.raises(StateMismatch, match="column error_stage: was missing, is string") as caught:
+            write(out, spec(format_name), [stop])
+        assert "--overwrite" in str(caught.value.hint)
+    # The version that has written them goes on.
+    with Staging(out, format_name) as staging:
+        staging.open(old)
+        assert staging.next_row == rows
+    write(out, spec(format_name), [20], "overwrite")
+    assert read_rows(out, format_name) == expected(20)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda schema: schema.set(1, schema.field(1).with_nullable(False)), "path: was string not null, is string"),
+    (lambda schema: pa.schema([schema.field(n) for n in reversed(schema.names)]), "columns: were error_message, "),
+])  # fmt: skip
+def test_columns_that_differ_a_little(tmp_path: Path, change: Callable[[pa.Schema], pa.Schema], said: str) -> None:
+    out, other = f"{tmp_path}/out.parquet", change(SCHEMA)
+    with Staging(out, "parquet") as staging:
+        staging.open(spec("parquet", schema=other))
+        rows = table(0, 8).select(other.names).cast(other)
+        staging.commit(rows, 0, [signature_of(row) for row in range(8)])
+    with pytest.raises(StateMismatch, match=said):
+        write(out, spec("parquet"), [8])
+    # Other columns are not reused; all rows are computed.
+    write(out, spec("parquet"), [20], "update")
+    assert read_rows(out, "parquet") == expected(20)
+
+
 def test_overlapping_and_missing_parts_are_refused(target: Target) -> None:
     out, format_name = target
     write(out, spec(format_name), [4, 8, 12], finalise=False)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from sink_rows import expected, read_rows, signature_of, spec, table, wait_until, write
+from sink_rows import SCHEMA, expected, read_rows, signature_of, spec, table, wait_until, write
 
 from mmcli.core.errors import OutputError
+from mmcli.sinks.ahead import Ahead
 from mmcli.sinks.commit import Staging
 from mmcli.sinks.outputs import read_output
-from mmcli.sinks.parquet import COPIED_ROWS
+from mmcli.sinks.parquet import COPIED_ROWS, ParquetFormat, write_table
 from mmcli.sinks.place import check_writable
 
 
@@ -84,6 +85,18 @@ def test_what_is_written_ahead_gives_way_to_parts(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     write(out, spec("parquet"), stops)
     assert read_rows(out, "parquet") == expected(stops[-1])
+
+
+def test_a_part_is_tried_again_when_what_was_ahead_has_gone_by_itself(tmp_path: Path) -> None:
+    """On a full disk both fail at once, and the space is free again before the part's commit can ask for it."""
+    part = tmp_path / "part-000000.parquet"
+    write_table(table(0, 8), part)
+    ahead = Ahead(ParquetFormat(), tmp_path / "gone" / ".final.tmp", SCHEMA)
+    ahead.add(part)
+    wait_until(lambda: bool(ahead._added))
+    assert ahead.discard()
+    assert not ahead.discard()
+    assert not Ahead(ParquetFormat(), tmp_path / ".final.tmp", SCHEMA).discard()
 
 
 def test_a_full_disk_keeps_the_old_output(small_disk: Path) -> None:

@@ -105,7 +105,7 @@ def test_wide_rows_are_copied_by_their_bytes(tmp_path: Path) -> None:
 
 
 def test_memory_hardly_grows_with_row_groups(tmp_path: Path) -> None:
-    """10 million rows of 4,096 numbers are 5,000 of them: what is kept of these stays within some MB."""
+    """10 million texts of 5 kB are 6,000 of them, and of each the footer says 11 kB."""
     part = tmp_path / "part.parquet"
     write_table(table(0, COPIED_ROWS), part)
     assembly = ParquetFormat().assembly(tmp_path / "out.parquet", SCHEMA)
@@ -114,7 +114,7 @@ def test_memory_hardly_grows_with_row_groups(tmp_path: Path) -> None:
     try:
         before = tracemalloc.get_traced_memory()[0]
         assembly.add([part] * 50)
-        assert tracemalloc.get_traced_memory()[0] - before < 50 * 3000
+        assert tracemalloc.get_traced_memory()[0] - before < 50 * 200
     finally:
         tracemalloc.stop()
     assert assembly.finish(SCHEMA) == 51 * COPIED_ROWS
@@ -172,9 +172,42 @@ def test_a_part_that_is_cut_off(tmp_path: Path) -> None:
 
 def test_parts_with_other_columns_are_refused(tmp_path: Path) -> None:
     write_table(pa.table({"n": range(COPIED_ROWS)}), tmp_path / "part.parquet")
-    with pytest.raises(ValueError, match="columns"):
+    with pytest.raises(StateMismatch, match=r"part\.parquet has other columns"):
         ParquetFormat().write([tmp_path / "part.parquet"], pa.schema([("n", pa.int32())]), tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("count", [10, COPIED_ROWS])
+@pytest.mark.parametrize("changed", ["missing", "moved", "not null"])
+def test_a_part_with_other_columns_than_the_others(tmp_path: Path, changed: str, count: int) -> None:
+    """Whatever would be read under another name, or could not be read at all."""
+    other = table(10, 10 + count)
+    names = other.schema.names
+    match changed:
+        case "missing":
+            other = other.drop_columns(["error_stage"])
+        case "moved":
+            here, there = names.index("error_code"), names.index("error_stage")
+            names[here], names[there] = names[there], names[here]
+            other = other.select(names)
+        case "not null":
+            place = names.index("path")
+            field = pa.field("path", other.schema.field("path").type, nullable=False)
+            other = pa.Table.from_arrays(other.columns, schema=other.schema.set(place, field))
+    write_table(table(0, 10), tmp_path / "part-0.parquet")
+    write_table(other, tmp_path / "part-1.parquet")
+    with pytest.raises(StateMismatch, match=r"part-1\.parquet has other columns than the output"):
+        ParquetFormat().write(sorted(tmp_path.glob("part-*")), SCHEMA, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_what_is_compressed_in_another_way_is_encoded_again(tmp_path: Path) -> None:
+    whole = table(0, COPIED_ROWS)
+    pq.write_table(whole, tmp_path / "part.parquet", compression="gzip", store_schema=False)
+    assert ParquetFormat().write([tmp_path / "part.parquet"], SCHEMA, tmp_path / "out.parquet") == COPIED_ROWS
+    assert pq.read_table(tmp_path / "out.parquet").equals(whole)
+    column = pq.read_metadata(tmp_path / "out.parquet").row_group(0).column(0)
+    assert column.compression == "ZSTD"
 
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
