@@ -208,12 +208,15 @@ class _Run:
             self._compute(forward, writer)
         finally:
             self.closing.set()
-            if writer is not None:
-                writer.close()
-            self.intake.close()
-            if (close := getattr(self.runner, "close", None)) is not None:
-                close()
-            report.end()
+            try:
+                if writer is not None:
+                    writer.close()
+            finally:
+                # What could not be written is no reason to leave threads and processes behind.
+                self.intake.close()
+                if (close := getattr(self.runner, "close", None)) is not None:
+                    close()
+                report.end()
         self.options.budget.check(report)
 
     def _load(self) -> Runner:

@@ -269,6 +269,7 @@ def test_a_failing_output_ends_the_run_and_leaves_what_is_committed(fail_at, wor
         run_engine(source, output, workers=workers, parts=PartLimits(rows=40))
     assert output.committed == 40 * fail_at
     assert source.read < 2000
+    assert not [thread.name for thread in threading.enumerate() if thread.name in ("mmcli-decode", "mmcli-writer")]
 
 
 def test_a_failing_output_is_told_before_the_next_part_is_full():
