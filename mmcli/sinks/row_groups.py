@@ -52,6 +52,7 @@ class GroupSource:
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
         try:
+            self._size = self._file.seek(0, os.SEEK_END)
             self._footer = self._read_footer()
         except BaseException:
             self._file.close()
@@ -92,8 +93,9 @@ class GroupSource:
             raise ValueError("the footer lacks something") from error
 
     def _read(self, start: int, count: int) -> bytes:
-        if start < 0 or count < 0:
-            raise ValueError("pages are told to be in front of the file")
+        # As damaged footers have it; memory for so much is asked for at once.
+        if start < 0 or not 0 <= count <= self._size - start:
+            raise ValueError("pages are told to be outside of the file")
         found = os.pread(self._file.fileno(), count, start)
         while len(found) < count:
             more = os.pread(self._file.fileno(), count - len(found), start + len(found))
@@ -103,13 +105,12 @@ class GroupSource:
         return found
 
     def _read_footer(self) -> Struct:
-        size = self._file.seek(0, os.SEEK_END)
-        if size < 12:
+        if self._size < 12:
             raise ValueError("the file is cut off")
-        length, magic = struct.unpack("<I4s", self._read(size - 8, 8))
-        if magic != MAGIC or length > size - 12:
+        length, magic = struct.unpack("<I4s", self._read(self._size - 8, 8))
+        if magic != MAGIC or length > self._size - 12:
             raise ValueError("the file has no footer of Parquet")
-        return read_struct(self._read(size - 8 - length, length))[0]
+        return read_struct(self._read(self._size - 8 - length, length))[0]
 
 
 class GroupFile:

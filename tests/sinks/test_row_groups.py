@@ -159,6 +159,26 @@ def test_no_flipped_bit_gets_into_the_output(tmp_path: Path) -> None:
     assert all("part.parquet is damaged" in message for message in of_pages)
 
 
+@pytest.mark.parametrize(("number", "value", "said"), [
+    (5, COPIED_ROWS + 1, "not as many values as its pages"),
+    (9, -5, "outside of the file"),
+    (7, 2**40, "outside of the file"),
+])  # fmt: skip
+def test_a_footer_that_says_something_else_of_a_column(tmp_path: Path, number: int, value: int, said: str) -> None:
+    """parquet.thrift: 5 are its values, 9 is where its pages begin, 7 their bytes."""
+    part = tmp_path / "part.parquet"
+    write_table(table(0, COPIED_ROWS), part)
+    content = part.read_bytes()
+    begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    footer, _ = read_struct(content, begin)
+    column = footer[4][1][1][0][1][1][1][0][3][1]
+    column[number] = column[number][0], value
+    footer_bytes = struct_bytes(footer)
+    part.write_bytes(content[:begin] + footer_bytes + len(footer_bytes).to_bytes(4, "little") + content[-4:])
+    with pytest.raises(StateMismatch, match=rf"part\.parquet is damaged: .*{said}"):
+        ParquetFormat().write([part], SCHEMA, tmp_path / "out.parquet")
+
+
 def test_a_part_that_is_cut_off(tmp_path: Path) -> None:
     part = tmp_path / "part.parquet"
     write_table(table(0, COPIED_ROWS), part)
