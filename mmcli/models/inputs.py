@@ -226,10 +226,11 @@ class Normalize:
         if pixels.device.type != "cpu":
             return pixels.float().sub_(self.mean).div_(self.std)
         # A picture at a time stays in the processor's cache: 0.11 ms for one of 224 x 224, and not 0.16 to 0.2.
-        made = torch.empty(pixels.shape, dtype=torch.float32)
-        for picture, found in zip(pixels.flatten(0, -4), made.flatten(0, -4), strict=True):
+        pictures = pixels.reshape(-1, *pixels.shape[-3:])
+        made = torch.empty(pictures.shape, dtype=torch.float32)
+        for picture, found in zip(pictures, made, strict=True):
             found.copy_(picture).sub_(self.mean).div_(self.std)
-        return made
+        return made.reshape(pixels.shape)
 
 
 class FrameProcessor:
